@@ -1,0 +1,58 @@
+# Every target sets up what it needs; nothing has to be installed or exported beforehand but Python >= 3.11.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+SHORT := runs/demo-short
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-short test test-all lint format clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## Make .venv with the project and its pinned dependencies (every other target calls this)
+
+$(STAMP): pyproject.toml constraints.txt tools/install.sh
+	@sh tools/install.sh $(VENV)
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## Train a small byte-level model on text that ships with Python, then generate (about 5 minutes)
+	@echo "demo: training in $(DEMO); stop it whenever you like, the same command goes on from there"
+	@$(PYTHON) -m experiments.train demo --workdir $(DEMO)
+	@echo "demo: generating from $(DEMO)"
+	@$(PYTHON) -m experiments.generate $(DEMO) --prompt "The import statement"
+
+demo-short: $(STAMP)  ## The demo with a few steps from scratch, to see that everything runs (about a minute)
+	@echo "demo-short: a few training steps in $(SHORT), then generation"
+	@rm -rf $(SHORT)
+	@$(PYTHON) -m experiments.train demo --workdir $(SHORT) --steps 20 --log-every 5 --checkpoint-every 10
+	@$(PYTHON) -m experiments.generate $(SHORT) --prompt "The import statement"
+
+test: $(STAMP)  ## Run the quick tests (at most 10 minutes)
+	@echo "test: the quick tier; make test-all adds the slow one"
+	@$(PYTHON) -m pytest
+
+test-all: $(STAMP)  ## Run the quick and the slow tests (at most 40 minutes)
+	@echo "test-all: the quick and the slow tier"
+	@$(PYTHON) -m pytest -m ""
+
+lint: $(STAMP)  ## Check style, formatting, the direction of imports and types
+	@echo "lint: ruff check"
+	@$(PYTHON) -m ruff check .
+	@echo "lint: ruff format"
+	@$(PYTHON) -m ruff format --check .
+	@echo "lint: import-linter"
+	@$(VENV)/bin/lint-imports
+	@echo "lint: mypy"
+	@$(PYTHON) -m mypy
+
+format: $(STAMP)  ## Rewrite the sources in the project's format
+	@echo "format: ruff"
+	@$(PYTHON) -m ruff check --fix-only --quiet .
+	@$(PYTHON) -m ruff format .
+
+clean:  ## Remove the environments and caches; runs/ stays
+	@echo "clean: removing environments and caches, keeping runs/"
+	@rm -rf .venv .venv312 build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Commands and presets: `python -m experiments.train PRESET`, `python -m experiments.generate RUN_DIR`."""
