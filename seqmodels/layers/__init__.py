@@ -1,0 +1,28 @@
+"""The parts that mixers and models are made of: projections, norms, MLPs, short convolutions, positions, the stack."""
+
+from seqmodels.layers.attend import Keys, Queries, attend
+from seqmodels.layers.linear import BlockDiagonalLinear, Linear
+from seqmodels.layers.mlp import Activation, MLPConfig
+from seqmodels.layers.norms import LayerNorm, RMSNorm
+from seqmodels.layers.positions import Positions, alibi_slopes, rope
+from seqmodels.layers.short_conv import ShortConv
+from seqmodels.layers.stack import Block, LayerGroups, Stack
+
+__all__ = [
+    "Activation",
+    "Block",
+    "BlockDiagonalLinear",
+    "Keys",
+    "LayerGroups",
+    "LayerNorm",
+    "Linear",
+    "MLPConfig",
+    "Positions",
+    "Queries",
+    "RMSNorm",
+    "ShortConv",
+    "Stack",
+    "alibi_slopes",
+    "attend",
+    "rope",
+]

@@ -1,0 +1,74 @@
+"""Linear maps over the last axis: dense and block-diagonal. Parameters are float32, the product has the input's type."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqmodels.params import Group, param
+from seqmodels.typing import Initializer
+
+LECUN = jax.nn.initializers.lecun_normal()
+
+
+def scaled(variance: float) -> Initializer:
+    """LeCun-normal with its variance multiplied: how outputs into the residual stream are kept small in deep models."""
+    return jax.nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
+
+
+def along_last(vector: Float[Array, "D"], like: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """A vector with the leading axes that it needs to meet `like`, in the type of `like`."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b) over the last axis, W of `[in_size, out_size]`."""
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        rngs: nnx.Rngs,
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
+        bias: bool = False,
+        init: Initializer | None = None,
+    ):
+        self.kernel = param(rngs, (in_size, out_size), init or LECUN, group=Group.MATRIX, axes=axes)
+        self.bias = None
+        if bias:
+            self.bias = param(rngs, (out_size,), jax.nn.initializers.zeros, group=Group.BIAS, axes=axes[1:])
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + along_last(self.bias[...], y)
+
+
+class BlockDiagonalLinear(nnx.Module):
+    """y = x W + b with W of `blocks` equal square blocks on the diagonal (the gates of the RG-LRU, arXiv 2402.19427)."""
+
+    def __init__(
+        self,
+        size: int,
+        blocks: int,
+        *,
+        rngs: nnx.Rngs,
+        axis: str | None = "recurrent",
+        init: Initializer | None = None,
+        group: Group = Group.MATRIX,
+        bias_group: Group = Group.BIAS,
+    ):
+        if size % blocks:
+            raise ValueError(f"a width of {size} does not divide into {blocks} equal blocks; choose a divisor of {size}")
+        block = size // blocks
+        init = init or jax.nn.initializers.lecun_normal(batch_axis=0)
+        self.kernel = param(rngs, (blocks, block, block), init, group=group, axes=(axis, None, None))
+        self.bias = param(rngs, (size,), jax.nn.initializers.zeros, group=bias_group, axes=(axis,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        blocked = x.reshape(*x.shape[:-1], *kernel.shape[:2])
+        y = jnp.einsum("...hi,hij->...hj", blocked, kernel).reshape(x.shape)
+        return y + along_last(self.bias[...], y)

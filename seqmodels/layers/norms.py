@@ -1,0 +1,40 @@
+"""Normalisation over the last axis, computed in at least float32 and returned in the input's type."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqmodels.layers.linear import along_last
+from seqmodels.params import Group, param
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467); scale starts at 1."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-6, axis: str | None = "embed"):
+        self.eps = eps
+        self.scale = param(rngs, (width,), jax.nn.initializers.ones, group=Group.NORM, axes=(axis,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(power + self.eps)
+        return (y * along_last(self.scale[...], y)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / sqrt(var + eps) * scale + bias (arXiv 1607.06450); biased variance."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5, axis: str | None = "embed"):
+        self.eps = eps
+        self.scale = param(rngs, (width,), jax.nn.initializers.ones, group=Group.NORM, axes=(axis,))
+        self.bias = param(rngs, (width,), jax.nn.initializers.zeros, group=Group.NORM, axes=(axis,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (y * along_last(self.scale[...], y) + along_last(self.bias[...], y)).astype(x.dtype)

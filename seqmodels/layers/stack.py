@@ -1,0 +1,202 @@
+"""Blocks of a model under `lax.scan`: compile time does not grow with the number of repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seqmodels import params
+from seqmodels.layers.norms import RMSNorm
+from seqmodels.typing import ChannelConfig, Context, MixerConfig
+
+LAYER = "layer"
+"""`context.shared[LAYER]` is the number of the layer that runs, for `publish` (int32, from 0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A mixer followed by a channel layer, each a pre-norm residual step."""
+
+    mixer: MixerConfig
+    channel: ChannelConfig
+
+    def __post_init__(self):
+        for field, base in (("mixer", MixerConfig), ("channel", ChannelConfig)):
+            if not isinstance(getattr(self, field), base):
+                raise TypeError(f"Block.{field} must be a {base.__name__}, not {getattr(self, field)!r}")
+
+
+Element = MixerConfig | ChannelConfig | Block
+LayerGroups = tuple[tuple[tuple[Element, ...], int], ...]
+
+
+def layer_configs(element: Element, channel: ChannelConfig | None) -> tuple[MixerConfig | ChannelConfig, ...]:
+    """The residual steps of one pattern element; a bare mixer is followed by `channel`, if there is one."""
+    if isinstance(element, Block):
+        return (element.mixer, element.channel)
+    if isinstance(element, MixerConfig):
+        return (element,) if channel is None else (element, channel)
+    if isinstance(element, ChannelConfig):
+        return (element,)
+    raise TypeError(
+        f"a pattern holds mixer configs, channel configs and Blocks, not {element!r}; "
+        "configs of your own derive from seqmodels.typing.MixerConfig or ChannelConfig"
+    )
+
+
+def check_layers(layers: LayerGroups) -> None:
+    """Raises on anything that is not a non-empty tuple of `(pattern, repeats)` groups."""
+    form = "write groups of (pattern, repeats), e.g. (((R, R, A), 8), ((R, R), 1))"
+    if not isinstance(layers, tuple | list) or not layers:
+        raise ValueError(f"layers={layers!r} holds no group; {form}")
+    for group in layers:
+        if not isinstance(group, tuple | list) or len(group) != 2 or not isinstance(group[0], tuple | list):
+            raise ValueError(f"{group!r} is not a layer group; {form}")
+        pattern, repeats = group
+        if not pattern:
+            raise ValueError(f"a layer group has an empty pattern; {form}")
+        if not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"a layer group is repeated {repeats!r} times; repeats must be an integer of at least 1")
+        for element in pattern:
+            layer_configs(element, None)
+
+
+class Residual(nnx.Module):
+    """x + layer(RMSNorm(x)), for a mixer or a channel layer."""
+
+    def __init__(self, config: MixerConfig | ChannelConfig, width: int, *, layer: int, depth: int, rngs: nnx.Rngs):
+        self.is_channel = isinstance(config, ChannelConfig)
+        self.norm = RMSNorm(width, rngs=rngs)
+        self.layer = config.make(width, layer=layer, depth=depth, rngs=rngs)
+
+    def __call__(self, x: Array, state: Any, context: Context) -> tuple[Array, Any, dict[str, Array], Context]:
+        normed = self.norm(x)
+        if hasattr(self.layer, "publish"):
+            context = self.layer.publish(normed, context)
+        y, state, *aux = self.layer(normed, state, context)
+        return x + y.astype(x.dtype), state, aux[0] if self.is_channel else {}, context
+
+
+class Period(nnx.Module):
+    """The residual steps of one repeat of a pattern; `layers` numbers the pattern element that each belongs to."""
+
+    def __init__(self, steps: list[Residual], layers: tuple[int, ...]):
+        self.steps = nnx.List(steps)
+        self.layers = layers
+
+    def __call__(
+        self, x: Array, states: Any, context: Context, first: Array
+    ) -> tuple[Array, Any, list[dict[str, Array]], dict[str, Any]]:
+        shared, after, reports = dict(context.shared), [], []
+        for index, (step, offset) in enumerate(zip(self.steps, self.layers, strict=True)):
+            layer = first + offset
+            key = None if context.key is None else jax.random.fold_in(context.key, layer * len(self.steps) + index)
+            inner = context.replace(shared={**shared, LAYER: layer}, key=key)
+            x, state, aux, inner = step(x, None if states is None else states[index], inner)
+            shared = {name: value for name, value in inner.shared.items() if name != LAYER}
+            after.append(state)
+            reports.append(aux)
+        return x, tuple(after), reports, shared
+
+
+class Stack(nnx.Module):
+    """Groups of repeated patterns of pre-norm residual steps: `stack(x, state, context) -> (x, state, aux)`.
+
+    The repeats of a pattern are one module with stacked parameters, run by `lax.scan`; with `remat` the backward pass
+    recomputes each period from its input. `state` holds, per group and step, the states of all repeats along a leading
+    axis; `state=None` starts fresh. `aux` maps a name to its mean over the layers that report it.
+
+    A layer may define `publish(x, context) -> context`, called with its (normalised) input before the layer itself;
+    what it puts into `context.shared` reaches every later layer. Before the first layer has published, the entry is
+    zero: `context.shared[LAYER]` tells the first layer from the others.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: LayerGroups,
+        *,
+        rngs: nnx.Rngs,
+        channel: ChannelConfig | None = None,
+        remat: bool = True,
+    ):
+        check_layers(layers)
+        self.width = width
+        self.remat = remat
+        self.repeats = tuple(repeats for _, repeats in layers)
+        self.periods = tuple(len(pattern) for pattern, _ in layers)
+        depth = sum(length * repeats for length, repeats in zip(self.periods, self.repeats, strict=True))
+        groups, layer = [], 0
+        for pattern, repeats in layers:
+            made = []
+            for _ in range(repeats):
+                steps, numbers = [], []
+                for number, element in enumerate(pattern):
+                    for config in layer_configs(element, channel):
+                        steps.append(Residual(config, width, layer=layer + number, depth=depth, rngs=rngs))
+                        numbers.append(number)
+                made.append(Period(steps, tuple(numbers)))
+                layer += len(pattern)
+            groups.append(params.stack(made))
+        self.groups = nnx.List(groups)
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+        def of_group(group: Period, repeats: int) -> Any:
+            definition, arrays = params.split(group)
+
+            def of_repeat(arrays: Any) -> Any:
+                steps = params.merge(definition, arrays).steps
+                return tuple(step.layer.init_state(batch, capacity, dtype) for step in steps)
+
+            return jax.vmap(of_repeat, axis_size=repeats)(arrays)
+
+        return tuple(of_group(group, repeats) for group, repeats in zip(self.groups, self.repeats, strict=True))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: tuple[Any, ...] | None, context: Context
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...], dict[str, Array]]:
+        x = jnp.where(context.segments.valid[..., None], x, 0)
+        first, after, reports = 0, [], []
+        for index, group in enumerate(self.groups):
+            inner = None if state is None else state[index]
+            x, inner, aux, context = self._run(index, group, first, x, inner, context)
+            first += self.periods[index] * self.repeats[index]
+            after.append(inner)
+            reports += aux
+        return x, tuple(after), _mean(reports)
+
+    def _run(
+        self, index: int, group: Period, first: int, x: Array, state: Any, context: Context
+    ) -> tuple[Array, Any, list[dict[str, Array]], Context]:
+        definition, arrays = params.split(group)
+
+        def body(carry, repeat):
+            x, shared = carry
+            arrays, state, first = repeat
+            period = params.merge(definition, arrays)
+            x, state, aux, shared = period(x, state, context.replace(shared=shared), first)
+            return (x, shared), (state, aux)
+
+        numbers = first + self.periods[index] * jnp.arange(self.repeats[index], dtype=jnp.int32)
+        xs = (arrays, state, numbers)
+        shared = dict(context.shared)
+        if any(hasattr(step.layer, "publish") for step in group.steps):
+            # The carry of a scan keeps its structure, so what a period publishes stands there, as zeros, from the start.
+            one = jax.tree.map(lambda a: a[0], xs)
+            published = jax.eval_shape(lambda x, one: body((x, shared), one)[0][1], x, one)
+            shared = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), published) | shared
+        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        (x, shared), (state, aux) = jax.lax.scan(body, (x, shared), xs)
+        return x, state, aux, context.replace(shared=shared)
+
+
+def _mean(reports: list[dict[str, Array]]) -> dict[str, Array]:
+    """Scalars per repeat, from every step that reports, as one mean per name."""
+    names = sorted({name for report in reports for name in report})
+    gathered = {name: [report[name] for report in reports if name in report] for name in names}
+    return {name: jnp.mean(jnp.concatenate(values)) for name, values in gathered.items()}

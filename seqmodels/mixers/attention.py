@@ -1,0 +1,160 @@
+"""Causal softmax attention: full with a preallocated cache, or a sliding window with a ring buffer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seqmodels.layers.attend import Keys, Queries, attend, attend_in_window
+from seqmodels.layers.linear import Linear, scaled
+from seqmodels.layers.positions import Positions, alibi_slopes, rope, rotated_size
+from seqmodels.typing import Context, MixerConfig, Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """Multi-head attention with `kv_heads` groups of keys and values (arXiv 1706.03762, 2305.13245).
+
+    `window` w: each token sees w keys, its own included, and the state is a ring of w slots; None sees the whole
+    document, and the state is a cache of the capacity that `init_state` was given. `kv_heads=1` is MQA, None is one
+    per head; `head_size` defaults to width / heads. `logits_cap` c bounds the scores as c tanh(score / c).
+    The output projection starts with variance 2 / depth over its fan-in, as in Griffin.
+    """
+
+    heads: int = 4
+    kv_heads: int | None = None
+    head_size: int | None = None
+    window: int | None = None
+    positions: Positions = Positions.ROPE
+    rope_base: float = 10_000.0
+    rope_fraction: float = 1.0
+    logits_cap: float | None = None
+    bias: bool = False
+
+    def __post_init__(self):
+        groups = self.heads if self.kv_heads is None else self.kv_heads
+        if self.heads < 1 or groups < 1 or self.heads % groups:
+            raise ValueError(f"heads={self.heads} do not divide into kv_heads={groups} groups; choose a divisor")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} keys leave not even the own one; use 1 or more, or None for all")
+        if self.positions not in list(Positions):
+            raise ValueError(f"unknown positions {self.positions!r}; choose one of {[str(p) for p in Positions]}")
+
+    def make(self, width: int, *, layer: int, depth: int, rngs: nnx.Rngs) -> Attention:
+        return Attention(self, width, depth=depth, rngs=rngs)
+
+
+class AttentionState(NamedTuple):
+    """Keys and values of the carried document. The token at position p lies in slot p, or p % window in a ring.
+
+    `length`: how many tokens the document has had so far.
+    """
+
+    key: Float[Array, "B S G K"]
+    value: Float[Array, "B S G V"]
+    length: Int[Array, "B"]
+
+
+class Attention(nnx.Module):
+    """See `AttentionConfig`. Positions are counted from the state's own `length`: only differences matter here.
+
+    A document that outgrows a given cache yields NaN from its first token without a slot on; nothing is overwritten.
+    """
+
+    def __init__(self, config: AttentionConfig, width: int, *, depth: int, rngs: nnx.Rngs):
+        if config.head_size is None and width % config.heads:
+            raise ValueError(f"width {width} does not divide into {config.heads} heads; give head_size")
+        self.config = config
+        self.groups = config.heads if config.kv_heads is None else config.kv_heads
+        self.size = size = config.head_size or width // config.heads
+        if config.positions == Positions.ROPE:
+            rotated_size(size, config.rope_fraction)
+        inner = dict(rngs=rngs, axes=("embed", "heads"), bias=config.bias)
+        self.query = Linear(width, config.heads * size, **inner)
+        self.key = Linear(width, self.groups * size, **inner)
+        self.value = Linear(width, self.groups * size, **inner)
+        self.out = Linear(
+            config.heads * size, width, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=scaled(2.0 / depth)
+        )
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> AttentionState:
+        """An empty cache of `capacity` tokens; a sliding window needs no capacity and ignores it."""
+        slots = self.config.window or capacity
+        if slots is None:
+            raise ValueError(
+                "full attention keeps every key: give init_state a capacity, the longest document in tokens "
+                "(prompt and generated together), or set AttentionConfig.window"
+            )
+        empty = lambda: jnp.zeros((batch, slots, self.groups, self.size), dtype)
+        return AttentionState(empty(), empty(), jnp.zeros((batch,), jnp.int32))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: AttentionState | None, context: Context
+    ) -> tuple[Float[Array, "B T D"], AttentionState]:
+        if context.sequence_axis is not None:
+            raise NotImplementedError(
+                f"attention does not run with time sharded over {context.sequence_axis!r}; "
+                "shard the batch, or use recurrent mixers along that axis"
+            )
+        config, segments = self.config, context.segments
+        batch, length = x.shape[:2]
+        cached = None
+        if state is None:
+            state = self.init_state(batch, length, x.dtype)
+        elif state.length.shape == (batch,):
+            cached = _cached(state, ring=config.window is not None)
+        else:
+            raise ValueError(f"a state of {state.length.shape[0]} rows cannot continue x of shape {x.shape}")
+        position, total = segments.positions(state.length)
+
+        x = jnp.where(segments.valid[..., None], x, 0)
+        heads = lambda linear: linear(x).reshape(batch, length, -1, self.size)
+        query, key, value = heads(self.query), heads(self.key), heads(self.value)
+        slopes = None
+        if config.positions == Positions.ROPE:
+            query, key = (
+                rope(a, position, base=config.rope_base, fraction=config.rope_fraction) for a in (query, key)
+            )
+        elif config.positions == Positions.ALIBI:
+            slopes = alibi_slopes(config.heads)
+
+        queries = Queries(query, segments.ids, position)
+        own = Keys(key, value, segments.ids, position, segments.valid)
+        scoring = dict(slopes=slopes, logits_cap=config.logits_cap)
+        if config.window is None:
+            out = attend(queries, (own,) if cached is None else (cached, own), **scoring)
+            overflow = segments.valid & (position >= state.key.shape[1])
+            out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
+        else:
+            out = attend_in_window(queries, cached, own, window=config.window, **scoring)
+        out = jnp.where(segments.valid[..., None], self.out(out.reshape(batch, length, -1)), 0)
+        return out, _stored(state, own, segments, total, ring=config.window is not None)
+
+
+def _cached(state: AttentionState, *, ring: bool) -> Keys:
+    """The slots of a state as keys of document 0, the carried one."""
+    batch, slots = state.key.shape[:2]
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
+    length = state.length[:, None]
+    # The newest token lies in slot (length - 1) % slots; going back from there, each slot is one token older.
+    position = length - 1 - (length - 1 - slot) % slots if ring else slot
+    filled = (position >= 0) & (position < length)
+    return Keys(state.key, state.value, jnp.zeros_like(slot), position, filled)
+
+
+def _stored(state: AttentionState, own: Keys, segments: Segments, total: Array, *, ring: bool) -> AttentionState:
+    """The state after a call: tokens of each row's last document in their slots, everything else dropped."""
+    batch, slots = state.key.shape[:2]
+    position = own.position
+    keep = segments.valid & (own.document == own.document[:, -1:])
+    if ring:
+        keep &= position >= total[:, None] - slots
+        position = position % slots
+    slot = jnp.where(keep, position, slots)
+    row = jnp.arange(batch)[:, None]
+    write = lambda cache, new: cache.at[row, slot].set(new.astype(cache.dtype), mode="drop")
+    return AttentionState(write(state.key, own.key), write(state.value, own.value), total)

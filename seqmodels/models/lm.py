@@ -1,0 +1,142 @@
+"""A language model: embedding, a stack of layer groups, a final norm, a tied or untied head."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seqmodels.layers.linear import Linear
+from seqmodels.layers.norms import RMSNorm
+from seqmodels.layers.stack import LayerGroups, Stack, check_layers
+from seqmodels.params import Group, param
+from seqmodels.typing import ChannelConfig, Context, Segments
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A language model over `vocab_size` tokens.
+
+    `layers`: groups of `(pattern, repeats)`, a pattern being a tuple of mixer configs, channel configs and Blocks:
+    `(((R, R, A), 8), ((R, R), 1))`. A bare mixer is followed by `channel`, if that is given.
+    `dtype`: of activations; parameters, recurrent states and logits are float32. `remat`: recompute each period of
+    layers in the backward pass. `embed_scale`: multiply embeddings by sqrt(width); `logits_cap` c: c tanh(logits / c).
+    """
+
+    vocab_size: int
+    width: int
+    layers: LayerGroups
+    channel: ChannelConfig | None = None
+    tied: bool = True
+    dtype: str = "float32"
+    remat: bool = True
+    embed_scale: bool = False
+    logits_cap: float | None = None
+
+    def __post_init__(self):
+        for field in ("vocab_size", "width"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {DTYPES}")
+        if self.channel is not None and not isinstance(self.channel, ChannelConfig):
+            raise TypeError(f"channel must be a ChannelConfig (MLPConfig, ...) or None, not {self.channel!r}")
+        check_layers(self.layers)
+
+    def make(self, *, rngs: nnx.Rngs) -> LanguageModel:
+        return LanguageModel(self, rngs=rngs)
+
+
+class LMState(NamedTuple):
+    """What a model carries between calls. `position`: how many tokens the carried document has had."""
+
+    position: Int[Array, "B"]
+    layers: Any
+
+
+class LanguageModel(nnx.Module):
+    """Next-token logits: `model(tokens, state=None, segments=None) -> (logits, state)` for tokens of `[B, T]`.
+
+    `state=None` starts fresh; a state continues each row's document unless `segments.start[:, 0]` says otherwise.
+    Embeddings start with standard deviation 1 / sqrt(width).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = jax.nn.initializers.normal(config.width**-0.5)
+        shape = (config.vocab_size, config.width)
+        self.embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=("vocab", "embed"))
+        self.stack = Stack(config.width, config.layers, rngs=rngs, channel=config.channel, remat=config.remat)
+        self.norm = RMSNorm(config.width, rngs=rngs)
+        self.head = None
+        if not config.tied:
+            self.head = Linear(config.width, config.vocab_size, rngs=rngs, axes=("embed", "vocab"))
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype: Any = None) -> LMState:
+        """The state before any token; `capacity` is needed by full attention, `dtype` is that of its cache."""
+        dtype = jnp.dtype(self.config.dtype) if dtype is None else dtype
+        return LMState(jnp.zeros((batch,), jnp.int32), self.stack.init_state(batch, capacity, dtype))
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], state: LMState | None = None, segments: Segments | None = None
+    ) -> tuple[Float[Array, "B T V"], LMState]:
+        hidden, state, _ = self.forward(tokens, state, segments)
+        return self.logits(hidden), state
+
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        state: LMState | None = None,
+        segments: Segments | None = None,
+        *,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], LMState, dict[str, Array]]:
+        """The normalised hidden vectors, the state after the last token, and the layers' auxiliary scalars."""
+        self._check(tokens, state, segments)
+        if segments is None:
+            segments = Segments.whole(*tokens.shape, fresh=state is None)
+        positions, position = segments.positions(0 if state is None else state.position)
+        context = Context(segments, positions, key)
+        # Padding may hold any integer; a token outside the vocabulary elsewhere becomes NaN rather than another token.
+        tokens = jnp.where(segments.valid, tokens, 0)
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
+        if self.config.embed_scale:
+            x = x * self.config.width**0.5
+        x, layers, aux = self.stack(x, None if state is None else state.layers, context)
+        return self.norm(x), LMState(position, layers), aux
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of hidden vectors, from the embedding (tied) or a head of their own."""
+        weight = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=wide)
+        cap = self.config.logits_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _check(self, tokens: Array, state: LMState | None, segments: Segments | None) -> None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers of shape [batch, time], not {tokens.dtype} of {tokens.shape}")
+        if tokens.shape[1] == 0:
+            raise ValueError(f"tokens of shape {tokens.shape} hold no time step; give at least one")
+        if segments is not None and any(field.shape != tokens.shape for field in segments):
+            shapes = [field.shape for field in segments]
+            raise ValueError(f"segments of shapes {shapes} do not describe tokens of shape {tokens.shape}")
+        if state is None:
+            return
+        batch = tokens.shape[0]
+        expected = jax.eval_shape(lambda: self.init_state(batch, 1))
+        if jax.tree.structure(state) != jax.tree.structure(expected):
+            raise ValueError("this state belongs to another model: its structure is not that of model.init_state(...)")
+        for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+            axes = 1 if like.ndim == 1 else 2  # states of layers have the repeats in front of the batch
+            if leaf.shape[:axes] != like.shape[:axes]:
+                raise ValueError(
+                    f"a state with a leaf of shape {leaf.shape} cannot continue tokens of shape {tokens.shape} "
+                    f"(expected {like.shape[:axes]} in front): make it with model.init_state({batch})"
+                )
