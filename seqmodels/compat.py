@@ -1,0 +1,31 @@
+"""The places where jax 0.10 and 0.12, or tracing inside and outside `shard_map`, differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Mesh axes over which `x` is typed as varying; empty outside `shard_map` and under `check_vma=False`."""
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return frozenset(getattr(aval, "vma", None) or ())
+
+
+def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Types `x` as varying over `axes`, which a loop's carry needs where its next value varies."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def gather_along(x: jax.Array, axis_name: str) -> jax.Array:
+    """Every device's `x`, stacked on a new leading axis, the same on all devices of `axis_name`.
+
+    Typed as invariant under `check_vma=True`, so that what is computed from it alone may leave `shard_map` replicated.
+    """
+    axes = varying_axes(lax.axis_index(axis_name))
+    if axis_name not in axes:  # check_vma=False: types carry no axes
+        return lax.all_gather(x, axis_name)
+    return lax.all_gather(vary_over(x, axes), axis_name, to="invarying")
