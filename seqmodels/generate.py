@@ -1,0 +1,307 @@
+"""Sampling from a language model: one parallel prefill, then steps of constant cost.
+
+    result = generate(model, [[1, 2, 3]], 20, key=jax.random.key(0), temperature=0.8)
+    more = generate(model, [[4, 5]], 20, key=key, state=result.state)  # goes on; `result.state` stays usable
+    for tokens in stream(model, [[1, 2, 3]], 20, key=key): ...         # as they come
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from seqmodels import params
+from seqmodels.typing import Segments
+
+SMALLEST_BUCKET = 16  # prompts are padded to powers of two from here on, so that few shapes are compiled
+
+
+class GenerationState(NamedTuple):
+    """A conversation so far: the model has taken in every token of it, and `logits` are those of the next one."""
+
+    model: Any
+    logits: Float[Array, "B V"]
+
+
+class Generation(NamedTuple):
+    """New tokens `[B, N]` (N <= steps; a row is filled up with the stop token after its own), and the state after."""
+
+    tokens: Int[np.ndarray, "B N"]
+    state: GenerationState
+
+
+class Sampling(NamedTuple):
+    """Traced settings, so that changing them recompiles nothing."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+
+def restrict(
+    logits: Float[Array, "B V"], *, top_k: int | Int[Array, ""], top_p: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
+    """Logits with -inf outside the `top_k` likeliest tokens and, of those, outside the nucleus of mass `top_p`.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities, renormalised over the top k, reach `top_p`
+    (Holtzman et al., 1904.09751). Equal logits rank by token id; the likeliest token always stays.
+    """
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    rank = jnp.arange(logits.shape[-1])[None]
+    ranked = jnp.where(rank < top_k, ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # from top_p = 1 on nothing is cut, whatever the rounding of the sum
+    keep = (before < top_p) | (jnp.asarray(top_p) >= 1.0) | (rank == 0)
+    ranked = jnp.where(keep, ranked, -jnp.inf)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros_like(logits).at[rows, order].set(ranked)
+
+
+class _Programs(NamedTuple):
+    prefill: Callable[..., GenerationState]
+    advance: Callable[..., tuple[Array, GenerationState]]
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(definition: params.Definition) -> _Programs:
+    """The two compiled functions of a model; kept, so that a second call of `generate` compiles nothing."""
+
+    def prefill(
+        arrays: dict[str, Any], state: Any, logits: Float[Array, "B V"] | None, tokens: Int[Array, "B T"],
+        lengths: Int[Array, "B"], fresh: Bool[Array, ""],
+    ) -> GenerationState:  # fmt: skip
+        model = params.merge(definition, arrays)
+        at = jnp.arange(tokens.shape[1])[None]
+        segments = Segments(jnp.broadcast_to((at == 0) & fresh, tokens.shape), at < lengths[:, None])
+        hidden, state, _ = model.forward(tokens, state, segments)
+        last = jnp.maximum(lengths - 1, 0)
+        read = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
+        if logits is not None:  # a row that got nothing new keeps what it was about to say
+            read = jnp.where((lengths > 0)[:, None], read, logits)
+        return GenerationState(state, read)
+
+    def advance(
+        arrays: dict[str, Any], state: GenerationState, done: Bool[Array, "B"], key: Array, count: Int[Array, ""],
+        sampling: Sampling, stop: Int[Array, ""], greedy: bool, restricted: bool, stops: bool,
+    ) -> tuple[Array, Array, GenerationState]:  # fmt: skip
+        model = params.merge(definition, arrays)
+        logits = state.logits
+        if greedy:
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            logits = logits / sampling.temperature
+            if restricted:
+                logits = restrict(logits, top_k=sampling.top_k, top_p=sampling.top_p)
+            token = jax.random.categorical(jax.random.fold_in(key, count), logits, axis=-1)
+        token = token.astype(jnp.int32)
+        if not stops:
+            read, after = model(token[:, None], state.model)
+            return token, done, GenerationState(after, read[:, 0])
+        token = jnp.where(done, stop, token)
+        segments = Segments(jnp.zeros_like(done)[:, None], ~done[:, None])
+        read, after = model(token[:, None], state.model, segments)
+        read = jnp.where(done[:, None], state.logits, read[:, 0])
+        return token, done | (token == stop), GenerationState(after, read)
+
+    donating = jax.jit(advance, static_argnames=("greedy", "restricted", "stops"), donate_argnums=1)
+    return _Programs(jax.jit(prefill), donating)
+
+
+def capacity_of(model: Any, state: Any) -> int | None:
+    """How many tokens the caches in a model's `state` hold; None where the state does not grow with them."""
+    batch = jax.tree.leaves(state)[0].shape[0]  # only shapes are looked at, so any leaf's first axis serves
+    # the axes of caches are those that follow the capacity which init_state is asked for
+    asked = ((1 << 20) + 3, (1 << 21) + 5)
+    shapes = [jax.tree.leaves(jax.eval_shape(lambda: model.init_state(batch, size))) for size in asked]  # noqa: B023
+    found = [
+        held
+        for leaf, *like in zip(jax.tree.leaves(state), *shapes, strict=True)
+        for held, *sizes in zip(leaf.shape, *(each.shape for each in like), strict=True)
+        if tuple(sizes) == asked
+    ]
+    return min(found, default=None)
+
+
+class Stream(Iterator[np.ndarray]):
+    """Iterates over new tokens, `[B]` at a time, as they are sampled; see `generate` for the arguments.
+
+    `state` is at any moment the state after all tokens handed out so far, safe to keep.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray,
+        steps: int,
+        *,
+        key: Array | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | None = None,
+        valid: Bool[Array, "B T"] | np.ndarray | None = None,
+        state: GenerationState | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        tokens, lengths = _as_rows(prompt, valid)
+        _check_settings(steps, temperature, top_k, top_p, key)
+        definition, self._arrays = params.split(model)
+        self._programs = _programs(definition)
+        self._state = self._prefill(model, tokens, lengths, steps, state, capacity)
+        vocabulary = self._state.logits.shape[-1]
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise ValueError(f"prompt tokens lie in [{tokens.min()}, {tokens.max()}], the vocabulary in [0, {vocabulary})")
+        greedy = temperature == 0
+        self._key = jax.random.key(0) if key is None else key
+        self._settings = Sampling(
+            jnp.float32(temperature if temperature else 1.0),
+            jnp.int32(vocabulary if top_k is None else top_k),
+            jnp.float32(1.0 if top_p is None else top_p),
+        )
+        self._stop = jnp.int32(-1 if stop is None else stop)
+        self._flags = {"greedy": greedy, "restricted": not (top_k is None and top_p is None), "stops": stop is not None}
+        self._done = jnp.zeros(len(tokens), bool)
+        self._count, self._steps = 0, steps
+
+    def _prefill(
+        self, model: Any, tokens: np.ndarray, lengths: np.ndarray, steps: int, state: GenerationState | None,
+        capacity: int | None,
+    ) -> GenerationState:  # fmt: skip
+        """The state after the prompt. Checks the room for prompt and steps before anything is computed."""
+        batch, need = len(tokens), int(lengths.max()) + steps
+        if state is None:
+            if lengths.min() < 1:
+                raise ValueError(f"every prompt needs a token to start from; the lengths are {lengths.tolist()}")
+            if capacity is not None and capacity < need:
+                raise ValueError(_too_small(capacity, 0, int(lengths.max()), steps))
+            start = model.init_state(batch, capacity or _bucket(need))
+            return self._take_in(start, None, tokens, lengths, fresh=True)
+        if state.logits.shape[0] != batch:
+            raise ValueError(f"the state is of {state.logits.shape[0]} rows, the prompt of {batch}")
+        room = capacity_of(model, state.model)
+        if room is not None:
+            used = np.asarray(state.model.position)
+            row = int(np.argmax(used + lengths))
+            if used[row] + lengths[row] + steps > room:
+                raise ValueError(_too_small(room, int(used[row]), int(lengths[row]), steps))
+        if lengths.max() == 0:  # the caller may keep `state`, and a step donates what it is given
+            return jax.tree.map(jnp.copy, state)
+        return self._take_in(state.model, state.logits, tokens, lengths, fresh=False)
+
+    def _take_in(
+        self, state: Any, logits: Array | None, tokens: np.ndarray, lengths: np.ndarray, *, fresh: bool
+    ) -> GenerationState:
+        width = _bucket(tokens.shape[1])
+        tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+        return self._programs.prefill(self._arrays, state, logits, tokens, lengths, np.bool_(fresh))
+
+    @property
+    def state(self) -> GenerationState:
+        return jax.tree.map(jnp.copy, self._state)
+
+    def _advance(self) -> Array:
+        token, self._done, self._state = self._programs.advance(
+            self._arrays, self._state, self._done, self._key, np.int32(self._count), self._settings, self._stop,
+            **self._flags,
+        )  # fmt: skip
+        self._count += 1
+        return token
+
+    def _finished(self) -> bool:
+        return self._count >= self._steps or (self._flags["stops"] and bool(np.all(self._done)))
+
+    def __next__(self) -> np.ndarray:
+        if self._finished():
+            raise StopIteration
+        return np.asarray(self._advance())
+
+    def collect(self) -> Generation:
+        """All the tokens that are left, and the state after them."""
+        tokens = []
+        before = self._done
+        while self._count < self._steps:
+            tokens.append(self._advance())
+            # one step late, so that the device never waits; a step past the end leaves a finished row as it is
+            if self._flags["stops"] and bool(np.all(before)):
+                tokens.pop()
+                break
+            before = self._done
+        rows = np.stack(jax.device_get(tokens), axis=1) if tokens else np.zeros((len(self._done), 0), np.int32)
+        return Generation(rows, self._state)
+
+
+def stream(model: Any, prompt: Any, steps: int, **settings: Any) -> Stream:
+    """As `generate`, but an iterator over the tokens `[B]` as they come, whose `state` can be read at any time."""
+    return Stream(model, prompt, steps, **settings)
+
+
+def generate(model: Any, prompt: Any, steps: int, **settings: Any) -> Generation:
+    """Samples up to `steps` tokens after each prompt: `(tokens [B, N], state)`.
+
+    `prompt` is a list of token lists (which may differ in length), or an array `[B, T]`, right-padded where `valid` is
+    False. It is taken in by one parallel call; every further token costs one step of the model whatever came before.
+
+    Settings: `key` for sampling; `temperature` (0: the likeliest token); `top_k`, `top_p` (see `restrict`; the
+    temperature is applied first); `stop`, a token that ends a row and is kept as its last; `state` of an earlier call
+    to go on from (the prompt's rows may then be empty); `capacity`, how many tokens the caches of full attention are to
+    hold, those of later calls included (default: enough for this call).
+
+    Raises ValueError where prompt and steps exceed that capacity, with both numbers.
+    """
+    return Stream(model, prompt, steps, **settings).collect()
+
+
+def _bucket(length: int) -> int:
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _too_small(capacity: int, used: int, prompt: int, steps: int) -> str:
+    return (
+        f"the attention caches hold {capacity} tokens, but {used + prompt + steps} are needed ({used} so far, {prompt} "
+        f"of the prompt, {steps} steps): start with capacity={used + prompt + steps} or more, or ask for fewer steps"
+    )
+
+
+def _as_rows(prompt: Any, valid: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt as right-padded int32 `[B, T]` with T >= 1, and the length of each row."""
+    if isinstance(prompt, (jax.Array, np.ndarray)):
+        tokens = np.asarray(prompt)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"the prompt is {tokens.dtype}{list(tokens.shape)}; it has to be integer [batch, time]")
+        mask = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
+        if mask.shape != tokens.shape:
+            raise ValueError(f"valid is {list(mask.shape)}, the prompt {list(tokens.shape)}; they have to agree")
+        lengths = mask.sum(axis=1)
+        if not np.array_equal(mask, np.arange(tokens.shape[1]) < lengths[:, None]):
+            raise ValueError("a prompt is padded on the right: valid has to be True up to each row's length, then False")
+        tokens = np.where(mask, tokens, 0)
+    else:
+        rows = [np.asarray(row, np.int64) for row in prompt]
+        if not rows or any(row.ndim != 1 for row in rows):
+            raise ValueError("the prompt has to be a non-empty list of token lists, or an array [batch, time]")
+        lengths = np.array([len(row) for row in rows])
+        tokens = np.zeros((len(rows), max(1, lengths.max())), np.int64)
+        for row, length, values in zip(tokens, lengths, rows, strict=True):
+            row[:length] = values
+    return tokens.astype(np.int32), lengths.astype(np.int32)
+
+
+def _check_settings(steps: int, temperature: float, top_k: int | None, top_p: float | None, key: Any) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it has to be at least 1")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; it has to be 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it has to be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it has to be in (0, 1]")
+    if key is None and temperature > 0:
+        raise ValueError("sampling needs a key, such as key=jax.random.key(0); temperature=0 does without")
