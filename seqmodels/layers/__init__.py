@@ -1,6 +1,6 @@
 """The parts that mixers and models are made of: projections, norms, MLPs, short convolutions, positions, the stack."""
 
-from seqmodels.layers.attend import Keys, Queries, attend
+from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window
 from seqmodels.layers.linear import BlockDiagonalLinear, Linear
 from seqmodels.layers.mlp import Activation, MLPConfig
 from seqmodels.layers.norms import LayerNorm, RMSNorm
@@ -20,9 +20,11 @@ __all__ = [
     "Positions",
     "Queries",
     "RMSNorm",
+    "Scoring",
     "ShortConv",
     "Stack",
     "alibi_slopes",
     "attend",
+    "attend_in_window",
     "rope",
 ]

@@ -36,64 +36,58 @@ class Keys(NamedTuple):
     filled: Bool[Array, "B S"]
 
 
+class Scoring(NamedTuple):
+    """Score q k^T / sqrt(K), bounded as c tanh(score / c) by `logits_cap` c, less `slopes[h]` times the distance."""
+
+    window: int | None = None
+    slopes: Sequence[float] | None = None
+    logits_cap: float | None = None
+
+
 def attend(
-    queries: Queries,
-    keys: Sequence[Keys],
-    *,
-    window: int | None = None,
-    slopes: Sequence[float] | None = None,
-    logits_cap: float | None = None,
-    block: int | None = None,
+    queries: Queries, keys: Sequence[Keys], scoring: Scoring = Scoring(), *, block: int = QUERY_BLOCK
 ) -> Float[Array, "B T H V"]:
-    """softmax(q k^T / sqrt(K) - slope distance) v over the visible keys of all `keys` together.
+    """softmax(scores) v over the visible keys of all `keys` together.
 
     H is a multiple of G; head h reads group h // (H/G). Scores and softmax are at least float32. A query that sees
-    nothing yields zero. At most `block` queries (default QUERY_BLOCK) have their scores in memory at once.
+    nothing yields zero. At most `block` queries have their scores in memory at once.
     """
     length = queries.query.shape[1]
-    block = QUERY_BLOCK if block is None else block
-    visible = functools.partial(_attend, window=window, slopes=slopes, logits_cap=logits_cap)
     if length <= block:
-        return visible(queries, keys)
+        return _attend(queries, keys, scoring)
     blocks = jax.tree.map(lambda x: _blocked(x, block), queries)
-    out = jax.lax.map(jax.checkpoint(lambda q: visible(q, keys)), blocks)
+    out = jax.lax.map(jax.checkpoint(lambda q: _attend(q, keys, scoring)), blocks)
     return _unblocked(out, length)
 
 
 def attend_in_window(
-    queries: Queries,
-    cached: Keys | None,
-    keys: Keys,
-    *,
-    window: int,
-    slopes: Sequence[float] | None = None,
-    logits_cap: float | None = None,
-    block: int | None = None,
+    queries: Queries, cached: Keys | None, keys: Keys, scoring: Scoring, *, block: int = WINDOW_BLOCK
 ) -> Float[Array, "B T H V"]:
-    """`attend` to `cached` keys, if any, and to T own keys in O(T window): each block of queries sees two blocks of keys.
+    """`attend` to `cached` keys, if any, and to T own keys in O(T window): a block of queries sees two of keys.
 
     Padding may stand between documents, not inside one (`Segments`): otherwise a window would span more blocks.
     """
     length = queries.query.shape[1]
-    block = max(window, WINDOW_BLOCK if block is None else block)
+    if scoring.window is None:
+        raise ValueError("attend_in_window needs Scoring(window=...); attend sees whole documents")
+    block = max(scoring.window, block)
     if length <= block:
-        pieces = (keys,) if cached is None else (cached, keys)
-        return attend(queries, pieces, window=window, slopes=slopes, logits_cap=logits_cap)
+        return attend(queries, (keys,) if cached is None else (cached, keys), scoring, block=block)
     if cached is None:
         cached = jax.tree.map(lambda x: jnp.zeros_like(x[:, :1]), keys)
     before = jax.tree.map(lambda x: _padded(x, block), cached)
     rows = jax.tree.map(lambda c, x: jnp.concatenate([c.astype(x.dtype)[None], _blocked(x, block)]), before, keys)
     previous, own = jax.tree.map(lambda x: x[:-1], rows), jax.tree.map(lambda x: x[1:], rows)
-    visible = functools.partial(_attend, window=window, slopes=slopes, logits_cap=logits_cap)
     blocks = jax.tree.map(lambda x: _blocked(x, block), queries)
-    out = jax.lax.map(jax.checkpoint(lambda item: visible(item[0], item[1:])), (blocks, previous, own))
+    out = jax.lax.map(jax.checkpoint(lambda item: _attend(item[0], item[1:], scoring)), (blocks, previous, own))
     return _unblocked(out, length)
 
 
-def _attend(queries: Queries, keys: Sequence[Keys], *, window, slopes, logits_cap) -> Float[Array, "B T H V"]:
+def _attend(queries: Queries, keys: Sequence[Keys], scoring: Scoring) -> Float[Array, "B T H V"]:
     query = queries.query
     batch, length, heads, size = query.shape
     groups = keys[0].key.shape[2]
+    window, slopes, logits_cap = scoring
     wide = jnp.promote_types(query.dtype, jnp.float32)
     query = query.reshape(batch, length, groups, heads // groups, size)
     slope = None if slopes is None else jnp.asarray(slopes, wide).reshape(1, groups, heads // groups, 1, 1)

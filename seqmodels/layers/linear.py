@@ -1,4 +1,4 @@
-"""Linear maps over the last axis: dense and block-diagonal. Parameters are float32, the product has the input's type."""
+"""Linear maps over the last axis: dense and block-diagonal. Parameters are float32, products have the input's type."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ class Linear(nnx.Module):
         init: Initializer | None = None,
     ):
         self.kernel = param(rngs, (in_size, out_size), init or LECUN, group=Group.MATRIX, axes=axes)
-        self.bias = None
-        if bias:
-            self.bias = param(rngs, (out_size,), jax.nn.initializers.zeros, group=Group.BIAS, axes=axes[1:])
+        zeros = jax.nn.initializers.zeros
+        self.bias = param(rngs, (out_size,), zeros, group=Group.BIAS, axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = x @ self.kernel[...].astype(x.dtype)
@@ -47,7 +46,7 @@ class Linear(nnx.Module):
 
 
 class BlockDiagonalLinear(nnx.Module):
-    """y = x W + b with W of `blocks` equal square blocks on the diagonal (the gates of the RG-LRU, arXiv 2402.19427)."""
+    """y = x W + b with W of `blocks` equal square blocks on the diagonal (gates of the RG-LRU, arXiv 2402.19427)."""
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class BlockDiagonalLinear(nnx.Module):
         bias_group: Group = Group.BIAS,
     ):
         if size % blocks:
-            raise ValueError(f"a width of {size} does not divide into {blocks} equal blocks; choose a divisor of {size}")
+            raise ValueError(f"a width of {size} does not divide into {blocks} equal blocks; choose a divisor")
         block = size // blocks
         init = init or jax.nn.initializers.lecun_normal(batch_axis=0)
         self.kernel = param(rngs, (blocks, block, block), init, group=group, axes=(axis, None, None))

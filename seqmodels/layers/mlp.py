@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 from typing import Any
 
@@ -61,12 +62,10 @@ class MLP(nnx.Module):
     def __init__(self, config: MLPConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.activation = Activation(config.activation)
         hidden = 8 * math.ceil(round(config.expansion * width, 6) / 8)
-        inner = dict(rngs=rngs, axes=("embed", "mlp"), bias=config.bias)
-        self.up = Linear(width, hidden, **inner)
-        self.gate = Linear(width, hidden, **inner) if config.gated else None
-        self.down = Linear(
-            hidden, width, rngs=rngs, axes=("mlp", "embed"), bias=config.bias, init=scaled(2.0 / depth)
-        )
+        inner = functools.partial(Linear, width, hidden, rngs=rngs, axes=("embed", "mlp"), bias=config.bias)
+        self.up = inner()
+        self.gate = inner() if config.gated else None
+        self.down = Linear(hidden, width, rngs=rngs, axes=("mlp", "embed"), bias=config.bias, init=scaled(2.0 / depth))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> tuple[()]:
         return ()

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.linear import along_last
 from seqmodels.params import Group, param
+from seqmodels.scan import Recurrence, sharded_carry
 from seqmodels.typing import Context, Initializer, Segments
 
 
@@ -40,9 +41,8 @@ class ShortConv(nnx.Module):
         self.width = width
         # Row width - 1 - j holds the tap w_j.
         self.kernel = param(rngs, (width, channels), init, group=Group.MATRIX, axes=(None, axis))
-        self.bias = None
-        if bias:
-            self.bias = param(rngs, (channels,), jax.nn.initializers.zeros, group=Group.BIAS, axes=(axis,))
+        zeros = jax.nn.initializers.zeros
+        self.bias = param(rngs, (channels,), zeros, group=Group.BIAS, axes=(axis,)) if bias else None
 
     def init_state(self, batch: int, dtype: Any = jnp.float32) -> Float[Array, "B W D"]:
         return jnp.zeros((batch, self.width - 1, self.channels), jnp.promote_types(dtype, jnp.float32))
@@ -55,10 +55,12 @@ class ShortConv(nnx.Module):
         state = self.init_state(batch, x.dtype) if state is None else state
         if state.shape != (batch, self.width - 1, self.channels):
             raise ValueError(f"a state of shape {state.shape} cannot continue inputs of shape {x.shape}")
+        last = None
+        if context.sequence_axis is not None:
+            state, last = self._exchange(x, state, segments, context.sequence_axis)
         # Accumulated in the state's type: the sum is fused, and a split call then gives what a single one gives.
         wide = jnp.promote_types(x.dtype, state.dtype)
-        row = jnp.concatenate([state.astype(wide), jnp.where(segments.valid[..., None], x, 0).astype(wide)], axis=1)
-        document = jnp.pad(segments.ids, [(0, 0), (self.width - 1, 0)])
+        row, document = self._row(x.astype(wide), state.astype(wide), segments)
 
         y = jnp.zeros(x.shape, wide)
         for index in range(self.width):
@@ -67,7 +69,38 @@ class ShortConv(nnx.Module):
             y += tap * jnp.where(same[..., None], row[:, index : index + length], 0)
         if self.bias is not None:
             y += along_last(self.bias[...], y)
-        return jnp.where(segments.valid[..., None], y, 0).astype(x.dtype), _last_inputs(row, document, segments)
+        last = _last_inputs(row, document, segments) if last is None else last
+        return jnp.where(segments.valid[..., None], y, 0).astype(x.dtype), last
+
+    def _row(self, x: Array, state: Array, segments: Segments) -> tuple[Array, Array]:
+        """The state and the inputs, padding zeroed, as one row in time, and the document of each of its places."""
+        row = jnp.concatenate([state, jnp.where(segments.valid[..., None], x, 0)], axis=1)
+        return row, jnp.pad(segments.ids, [(0, 0), (self.width - 1, 0)])
+
+    def _exchange(self, x: Array, state: Array, segments: Segments, axis: str) -> tuple[Array, Array]:
+        """The inputs just before this device's span, and those at the end of the last device's."""
+        row, document = self._row(x.astype(jnp.promote_types(x.dtype, state.dtype)), jnp.zeros_like(state), segments)
+        own = segments.valid & (segments.ids == segments.ids[:, -1:])
+        element = (_last_inputs(row, document, segments), jnp.sum(own, axis=1, dtype=jnp.int32))
+        span = (jnp.any(segments.start, axis=1), element)
+        return jax.vmap(lambda span, state: sharded_carry(REGISTER, span, span[1], state, axis))(span, state)
+
+
+def _shift(element: tuple[Array, Array], state: Array) -> Array:
+    """A shift register `[W, D]` after `count` more inputs, whose last W stand at the end of `latest`."""
+    latest, count = element
+    slots = state.shape[0]
+    index = jnp.arange(slots) + count
+    moved = jnp.take(state, index, axis=0, mode="clip")
+    return jnp.where((index < slots)[:, None], moved, latest)
+
+
+REGISTER = Recurrence(
+    elements=lambda element: element,
+    combine=lambda earlier, later: (_shift(later, earlier[0]), earlier[1] + later[1]),
+    identity=lambda element: jax.tree.map(jnp.zeros_like, element),
+    act=_shift,
+)
 
 
 def _last_inputs(row: Array, document: Array, segments: Segments) -> Array:

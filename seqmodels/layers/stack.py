@@ -186,7 +186,7 @@ class Stack(nnx.Module):
         xs = (arrays, state, numbers)
         shared = dict(context.shared)
         if any(hasattr(step.layer, "publish") for step in group.steps):
-            # The carry of a scan keeps its structure, so what a period publishes stands there, as zeros, from the start.
+            # The carry of a scan keeps its structure: what a period publishes stands there, as zeros, from the start.
             one = jax.tree.map(lambda a: a[0], xs)
             published = jax.eval_shape(lambda x, one: body((x, shared), one)[0][1], x, one)
             shared = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), published) | shared

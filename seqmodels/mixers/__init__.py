@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 
 from seqmodels.mixers.attention import AttentionConfig
+from seqmodels.mixers.mamba2 import Mamba2Config
+from seqmodels.mixers.rg_lru import RGLRUConfig
 from seqmodels.typing import MixerConfig
 
-__all__ = ["AttentionConfig", "examples"]
+__all__ = ["AttentionConfig", "Mamba2Config", "RGLRUConfig", "examples"]
 
 
 def examples() -> Iterator[tuple[str, MixerConfig]]:
     """`(name, config)` for a small instance of every mixer, to be made at width 64."""
     yield "attention", AttentionConfig(heads=4, kv_heads=2)
     yield "sliding_attention", AttentionConfig(heads=4, kv_heads=1, window=8, rope_fraction=0.5)
+    yield "rg_lru", RGLRUConfig(recurrent_size=64, blocks=4)
+    yield "mamba2", Mamba2Config(head_size=32, state_size=16)

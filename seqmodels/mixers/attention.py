@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from seqmodels.layers.attend import Keys, Queries, attend, attend_in_window
+from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window
 from seqmodels.layers.linear import Linear, scaled
 from seqmodels.layers.positions import Positions, alibi_slopes, rope, rotated_size
 from seqmodels.typing import Context, MixerConfig, Segments
@@ -73,10 +74,10 @@ class Attention(nnx.Module):
         self.size = size = config.head_size or width // config.heads
         if config.positions == Positions.ROPE:
             rotated_size(size, config.rope_fraction)
-        inner = dict(rngs=rngs, axes=("embed", "heads"), bias=config.bias)
-        self.query = Linear(width, config.heads * size, **inner)
-        self.key = Linear(width, self.groups * size, **inner)
-        self.value = Linear(width, self.groups * size, **inner)
+        inner = functools.partial(Linear, width, rngs=rngs, axes=("embed", "heads"), bias=config.bias)
+        self.query = inner(config.heads * size)
+        self.key = inner(self.groups * size)
+        self.value = inner(self.groups * size)
         self.out = Linear(
             config.heads * size, width, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=scaled(2.0 / depth)
         )
@@ -116,21 +117,19 @@ class Attention(nnx.Module):
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
         slopes = None
         if config.positions == Positions.ROPE:
-            query, key = (
-                rope(a, position, base=config.rope_base, fraction=config.rope_fraction) for a in (query, key)
-            )
+            query, key = (rope(a, position, base=config.rope_base, fraction=config.rope_fraction) for a in (query, key))
         elif config.positions == Positions.ALIBI:
             slopes = alibi_slopes(config.heads)
 
         queries = Queries(query, segments.ids, position)
         own = Keys(key, value, segments.ids, position, segments.valid)
-        scoring = dict(slopes=slopes, logits_cap=config.logits_cap)
+        scoring = Scoring(config.window, slopes, config.logits_cap)
         if config.window is None:
-            out = attend(queries, (own,) if cached is None else (cached, own), **scoring)
+            out = attend(queries, (own,) if cached is None else (cached, own), scoring)
             overflow = segments.valid & (position >= state.key.shape[1])
             out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
         else:
-            out = attend_in_window(queries, cached, own, window=config.window, **scoring)
+            out = attend_in_window(queries, cached, own, scoring)
         out = jnp.where(segments.valid[..., None], self.out(out.reshape(batch, length, -1)), 0)
         return out, _stored(state, own, segments, total, ring=config.window is not None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -74,9 +75,8 @@ class LanguageModel(nnx.Module):
         self.embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=("vocab", "embed"))
         self.stack = Stack(config.width, config.layers, rngs=rngs, channel=config.channel, remat=config.remat)
         self.norm = RMSNorm(config.width, rngs=rngs)
-        self.head = None
-        if not config.tied:
-            self.head = Linear(config.width, config.vocab_size, rngs=rngs, axes=("embed", "vocab"))
+        head = functools.partial(Linear, config.width, config.vocab_size, rngs=rngs, axes=("embed", "vocab"))
+        self.head = None if config.tied else head()
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = None) -> LMState:
         """The state before any token; `capacity` is needed by full attention, `dtype` is that of its cache."""

@@ -1,0 +1,33 @@
+"""Small carries over a sharded time axis: how many tokens a document has had, where it stands on each device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from seqmodels.scan import Recurrence, sharded_carry
+from seqmodels.typing import Segments
+
+COUNT = Recurrence(
+    elements=lambda count: count,
+    combine=lambda earlier, later: earlier + later,
+    identity=jnp.zeros_like,
+)
+"""Tokens since the last reset."""
+
+
+def token_positions(
+    segments: Segments, length: Int[Array, "B"], sequence_axis: str | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """`segments.positions(length)`, also where time is sharded over the mesh axis `sequence_axis`.
+
+    `length[b]`: how many tokens the carried document had before this call (the same on every device, as is the second
+    result).
+    """
+    if sequence_axis is None:
+        return segments.positions(length)
+    count = segments.positions(0)[1]
+    carry = lambda span, length: sharded_carry(COUNT, span, span[1], length, sequence_axis)
+    before, after = jax.vmap(carry)((jnp.any(segments.start, axis=1), count), length)
+    return segments.positions(before)[0], after
