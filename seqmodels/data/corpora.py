@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sysconfig
@@ -25,8 +26,10 @@ VARIABLE = "SEQMODELS_DATA"
 # Not the library's own prose and code: other packages, tests, tables of characters, what some installations lack, and
 # pydoc_data, whose text is the reference part of the corpus.
 _LEFT_OUT = frozenset(
-    "__hello__.py __phello__ __pycache__ dist-packages distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages "
-    "test tests tkinter turtledemo".split()
+    (
+        *("__hello__.py", "__phello__", "__pycache__", "dist-packages", "distutils", "encodings", "ensurepip"),
+        *("idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "tkinter", "turtledemo"),
+    )
 )
 # Written for one installation.
 _LOCAL = re.compile(r"config-.*|_sysconfigdata.*|_sysconfig_vars.*|sitecustomize\.py|usercustomize\.py")
@@ -64,10 +67,7 @@ def cpython_documents() -> list[Document]:
             found.append(Document(f"library/{path.as_posix()}", read_file(file)))
         except ValueError:
             continue  # the few empty package files, and sources in other encodings
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
+    topics = _reference()
     if not found or not topics:
         raise FileNotFoundError(
             f"this Python carries no {'library sources in ' + str(root) if not found else 'pydoc_data.topics'}: "
@@ -77,12 +77,22 @@ def cpython_documents() -> list[Document]:
     return sorted(found)
 
 
+def _reference() -> dict[str, str]:
+    """The topics of `help()`, which are sections of the language reference."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    return topics
+
+
 def _passages(document: Document) -> set[bytes]:
     return {b" ".join(p.split()) for p in re.split(rb"\n\s*\n", document.bytes) if len(p) >= _PASSAGE}
 
 
-def _cpython(split: Split) -> list[Document]:
-    require_two_sides(split)
+@functools.cache
+def _cpython_heldout() -> tuple[tuple[Document, ...], frozenset[str]]:
+    """The whole corpus and the names of its held-out documents, some of either kind."""
     found = cpython_documents()
     passages = {document.name: _passages(document) for document in found}
     times = Counter(passage for each in passages.values() for passage in each)
@@ -91,6 +101,12 @@ def _cpython(split: Split) -> list[Document]:
     for kind in ("reference/", "library/"):
         if not any(name.startswith(kind) for name in heldout):
             heldout.add(min((name for name in unique if name.startswith(kind)), key=name_hash))
+    return tuple(found), frozenset(heldout)
+
+
+def _cpython(split: Split) -> list[Document]:
+    require_two_sides(split)
+    found, heldout = _cpython_heldout()
     return [document for document in found if (document.name in heldout) == (split == "heldout")]
 
 

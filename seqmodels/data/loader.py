@@ -77,7 +77,9 @@ def make_loader(
     return iter(_Resumable(batches, {"documents": len(documents), "sha256": _digest(documents), **arguments}))
 
 
-def evaluation_batches(documents: Sequence[Document], *, batch_size: int, length: int, align: int = 1) -> Iterator[Batch]:
+def evaluation_batches(
+    documents: Sequence[Document], *, batch_size: int, length: int, align: int = 1
+) -> Iterator[Batch]:
     """Every document exactly once, packed as `make_loader` does but unshuffled; rows stand for themselves.
 
     The last batch is filled up with rows of padding, so that all have one shape. A document longer than `length` is
@@ -126,9 +128,7 @@ def _stream(documents: Sequence[Document], length: int) -> Batch:
     return row
 
 
-def _pack(
-    pieces: grain.MapDataset, *, batch_size: int, length: int, align: int, seed: int | None
-) -> grain.IterDataset:
+def _pack(pieces: grain.MapDataset, *, batch_size: int, length: int, align: int, seed: int | None) -> grain.IterDataset:
     # Pieces are made from memory in microseconds: grain's reading threads would cost more than they bring.
     stream = pieces.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     packed = grain.experimental.FirstFitPackIterDataset(

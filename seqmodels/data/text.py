@@ -131,7 +131,9 @@ def cut(document: Document, share: float, split: Split) -> list[Document]:
             line += 1
     if not 0 < line < len(data):
         raise ValueError(f"{name} has {len(data)} bytes, too few to hold {share:.0%} out: give more text")
-    return [Document(f"{name}[:{line}]", data[:line]) if split == "train" else Document(f"{name}[{line}:]", data[line:])]
+    return [
+        Document(f"{name}[:{line}]", data[:line]) if split == "train" else Document(f"{name}[{line}:]", data[line:])
+    ]
 
 
 def require_two_sides(split: Split) -> None:
