@@ -21,8 +21,31 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are kept in pytest's own cache: a second run of unchanged code only traces.
+
+    `pytest --cache-clear` forgets them; without the cache plugin (`-p no:cacheprovider`) nothing is kept.
+    """
+    if hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """float64 within one test; without it a test runs in the types that users run in."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For tests that compile much and compute little: LLVM without its expensive passes, two to three times faster.
+
+    The program is the same up to XLA's own optimisations; the slow tier compiles as users do.
+    """
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

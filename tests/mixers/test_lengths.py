@@ -1,0 +1,86 @@
+"""The slow tier: every length around a chunk, against one token at a time, compiled as users compile."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from seqmodels.typing import Segments
+from tests.mixers.properties import (
+    BATCH,
+    CONFIGS,
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    RECURRENT,
+    Gradients,
+    Result,
+    Subject,
+    Weights,
+    assert_close,
+    assert_valid_close,
+    draw,
+    random_weights,
+    tokens,
+)
+
+pytestmark = pytest.mark.slow
+
+LENGTHS = (1, 7, 63, 64, 65, 128)
+LONGEST = max(LENGTHS)
+
+
+@functools.cache
+def subject(name: str) -> Subject:
+    return Subject(CONFIGS[name], capacity=LONGEST + 32)
+
+
+def token_by_token(s: Subject, x: np.ndarray, segments: Segments, weights: Weights) -> Result:
+    """The oracle: spans of one token, the rest of the longest row being padding, so that one program serves all."""
+    length = x.shape[1]
+    fill = lambda a: np.pad(a, [(0, 0), (0, LONGEST - length)] + [(0, 0)] * (a.ndim - 2))
+    longer = Segments(*map(fill, segments))
+    result = s.run(fill(x), s.warm, longer, weights=Weights(fill(weights.y), weights.probe), steps=True)
+    gradients = result.gradients._replace(x=result.gradients.x[:, :length])
+    return result._replace(y=result.y[:, :length], gradients=gradients)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_length_equals_token_by_token(name: str, length: int) -> None:
+    """Outputs, state and gradients of random layouts, from a state that has seen tokens."""
+    s, random = subject(name), np.random.default_rng(length)
+    x = tokens(length, BATCH, length)
+    unbroken = Segments(np.zeros((BATCH, length), bool), np.ones((BATCH, length), bool))
+    for segments in (unbroken, draw(random, BATCH, length), draw(random, BATCH, length)):
+        weights = random_weights(segments.valid)
+        expected = token_by_token(s, x, segments, weights)
+        result = s.run(x, s.warm, segments, weights=weights)
+        assert_valid_close(result.y, expected.y, segments.valid)
+        assert_close(result.probe, expected.probe, FLOAT32)
+        if name in RECURRENT:
+            assert_close(result.carry, expected.carry, FLOAT32)
+        for ours, theirs, part in zip(result.gradients, expected.gradients, Gradients._fields, strict=True):
+            try:
+                assert_close(ours, theirs, FLOAT32_GRADIENT)
+            except AssertionError as error:
+                raise AssertionError(f"gradient to {part} at length {length}: {error}") from error
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("pieces", [(63, 65), (64, 64), (65, 1, 7, 1, 54), (1, 127)], ids=str)
+def test_long_pieces_equal_the_whole(name: str, pieces: tuple[int, ...]) -> None:
+    """Unpadded pieces around a chunk's length, documents starting anywhere."""
+    s, x = subject(name), tokens(3, BATCH, LONGEST)
+    start = np.random.default_rng(4).random((BATCH, LONGEST)) < 0.04
+    segments = Segments(start, np.ones_like(start))
+    whole, after = s.forward(s.params, x, s.warm, segments)
+    carry, outputs = s.warm, []
+    for begin, end in zip(np.cumsum((0, *pieces[:-1])), np.cumsum(pieces), strict=True):
+        piece = Segments(segments.start[:, begin:end], segments.valid[:, begin:end])
+        y, carry = s.forward(s.params, x[:, begin:end], carry, piece)
+        outputs.append(y)
+    assert_close(np.concatenate(outputs, axis=1), whole, FLOAT32)
+    if name in RECURRENT:
+        assert_close(carry, after, FLOAT32)

@@ -1,0 +1,93 @@
+"""What is compiled, for which platform, and over how many devices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from seqmodels.typing import Segments
+from tests.mixers.properties import (
+    ATTENTION,
+    BATCH,
+    CONFIGS,
+    FLOAT32,
+    FLOAT32_GRADIENT,
+    MIXED,
+    RECURRENT,
+    TIME,
+    UNBROKEN,
+    assert_close,
+    assert_valid_close,
+    layout,
+    subject,
+    tokens,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+every_mixer = pytest.mark.parametrize("name", CONFIGS)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects what XLA compiles, or loads from the compilation cache, meanwhile."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@every_mixer
+def test_compiles_once(name: str) -> None:
+    """A returned state, other segments and other tokens run what the first call compiled, for spans and for steps."""
+    s = subject(name)
+    step = Segments.whole(BATCH, 1, fresh=False)
+    carry = s.run(tokens(0), s.fresh(), MIXED).carry
+    _, carry = s.forward(s.params, tokens(1, BATCH, 1), carry, step)
+    with compilations() as seen:
+        carry = s.run(tokens(2), carry, UNBROKEN).carry
+        s.forward(s.params, tokens(3, BATCH, 1), carry, layout("+", ".", "-", "-"))
+    assert not seen
+    with compilations() as seen:
+        jax.jit(lambda: carry.position + 1)()
+    assert seen, "this version of jax reports compilations under another name"
+
+
+@every_mixer
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_without_a_device(name: str, platform: str) -> None:
+    """Forward and backward lower for accelerators on a CPU host."""
+    s = subject(name)
+    traced = s.trace(tokens(0), s.fresh(), MIXED)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.dot_general" in text
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_sharded_over_time(name: str) -> None:
+    """Eight devices with two tokens each equal one device: outputs, the state after all of them, gradients."""
+    s, x = subject(name), tokens(0)
+    mesh = jax.make_mesh((8,), (TIME,), axis_types=(AxisType.Auto,))
+    alone, sharded = s.run(x, s.warm, MIXED), s.run(x, s.warm, MIXED, mesh=mesh)
+    assert_valid_close(sharded.y, alone.y, MIXED.valid)
+    assert_close((sharded.probe, sharded.carry), (alone.probe, alone.carry), FLOAT32)
+    assert_close(sharded.gradients, alone.gradients, FLOAT32_GRADIENT)
+
+
+@pytest.mark.parametrize("name", sorted(ATTENTION))
+def test_attention_sharded_over_time_says_what_to_do(name: str) -> None:
+    mesh = jax.make_mesh((8,), (TIME,), axis_types=(AxisType.Auto,))
+    s = subject(name)
+    with pytest.raises(NotImplementedError, match="shard the batch"):
+        s.run(tokens(0), s.warm, MIXED, mesh=mesh)
