@@ -45,7 +45,7 @@ class Scoring(NamedTuple):
 
 
 def attend(
-    queries: Queries, keys: Sequence[Keys], scoring: Scoring = Scoring(), *, block: int = QUERY_BLOCK
+    queries: Queries, keys: Sequence[Keys], scoring: Scoring, *, block: int = QUERY_BLOCK
 ) -> Float[Array, "B T H V"]:
     """softmax(scores) v over the visible keys of all `keys` together.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -90,10 +91,10 @@ class Mamba2(nnx.Module):
             step = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), MIN_STEP)
             return step + jnp.log(-jnp.expm1(-step))  # the inverse of softplus
 
-        own = {"group": Group.DYNAMICS, "axes": ("heads",)}
-        self.a_log = param(rngs, (heads,), init_decay, **own)
-        self.dt_bias = param(rngs, (heads,), init_step, **own)
-        self.skip = param(rngs, (heads,), jax.nn.initializers.ones, **own)
+        per_head = functools.partial(param, rngs, (heads,), group=Group.DYNAMICS, axes=("heads",))
+        self.a_log = per_head(init_decay)
+        self.dt_bias = per_head(init_step)
+        self.skip = per_head(jax.nn.initializers.ones)
         self.norm = RMSNorm(inner, rngs=rngs, eps=1e-5, axis="recurrent")
         self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=scaled(1.0 / depth))
 

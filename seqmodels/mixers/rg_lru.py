@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -87,14 +88,16 @@ class RGLRU(nnx.Module):
             size = multiple * math.ceil(4 * width / (3 * multiple))
         self.config = config
         self.size = size
-        inner = {"embed": ("embed", "recurrent")}
-        self.gate = Linear(width, size, rngs=rngs, axes=inner["embed"], bias=config.bias)
-        self.input = Linear(width, size, rngs=rngs, axes=inner["embed"], bias=config.bias)
+        inner = functools.partial(Linear, width, size, rngs=rngs, axes=("embed", "recurrent"), bias=config.bias)
+        self.gate = inner()
+        self.input = inner()
         self.conv = ShortConv(size, config.conv_width, rngs=rngs)
         # The paper exempts the unit's own parameters from weight decay.
-        own = {"group": Group.DYNAMICS, "bias_group": Group.DYNAMICS}
-        self.recurrence_gate = BlockDiagonalLinear(size, config.blocks, rngs=rngs, **own)
-        self.input_gate = BlockDiagonalLinear(size, config.blocks, rngs=rngs, **own)
+        own = functools.partial(
+            BlockDiagonalLinear, size, config.blocks, rngs=rngs, group=Group.DYNAMICS, bias_group=Group.DYNAMICS
+        )
+        self.recurrence_gate = own()
+        self.input_gate = own()
 
         def init_decay(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             power = jax.random.uniform(key, shape, dtype, config.min_decay, config.max_decay)

@@ -131,7 +131,8 @@ class LanguageModel(nnx.Module):
             return
         batch = tokens.shape[0]
         expected = jax.eval_shape(lambda: self.init_state(batch, 1))
-        if jax.tree.structure(state) != jax.tree.structure(expected):
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (state, expected)]
+        if structures[0] != structures[1]:
             raise ValueError("this state belongs to another model: its structure is not that of model.init_state(...)")
         for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
             axes = 1 if like.ndim == 1 else 2  # states of layers have the repeats in front of the batch
