@@ -7,7 +7,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seqmodels.data.text import (
@@ -90,10 +90,8 @@ def _passages(document: Document) -> set[bytes]:
     return {b" ".join(p.split()) for p in re.split(rb"\n\s*\n", document.bytes) if len(p) >= _PASSAGE}
 
 
-@functools.cache
-def _cpython_heldout() -> tuple[tuple[Document, ...], frozenset[str]]:
-    """The whole corpus and the names of its held-out documents, some of either kind."""
-    found = cpython_documents()
+def heldout_names(found: Sequence[Document]) -> frozenset[str]:
+    """Names of the held-out documents: by their hash, some of either kind, none that repeats another's passage."""
     passages = {document.name: _passages(document) for document in found}
     times = Counter(passage for each in passages.values() for passage in each)
     unique = {name for name, each in passages.items() if all(times[passage] == 1 for passage in each)}
@@ -101,12 +99,18 @@ def _cpython_heldout() -> tuple[tuple[Document, ...], frozenset[str]]:
     for kind in ("reference/", "library/"):
         if not any(name.startswith(kind) for name in heldout):
             heldout.add(min((name for name in unique if name.startswith(kind)), key=name_hash))
-    return tuple(found), frozenset(heldout)
+    return frozenset(heldout)
+
+
+@functools.cache
+def _cpython_sides() -> tuple[tuple[Document, ...], frozenset[str]]:
+    found = tuple(cpython_documents())
+    return found, heldout_names(found)
 
 
 def _cpython(split: Split) -> list[Document]:
     require_two_sides(split)
-    found, heldout = _cpython_heldout()
+    found, heldout = _cpython_sides()
     return [document for document in found if (document.name in heldout) == (split == "heldout")]
 
 

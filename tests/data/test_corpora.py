@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from seqmodels.data import counts, documents
-from seqmodels.data.corpora import VARIABLE, cpython_documents
+from seqmodels.data import Document, counts, documents
+from seqmodels.data.corpora import VARIABLE, cpython_documents, heldout_names
+from seqmodels.data.text import name_hash
 
 PASSAGE = 200
 
@@ -39,6 +40,18 @@ def test_no_heldout_passage_was_trained_on(cpython: dict) -> None:
         for passage in re.split(rb"\n\s*\n", document.bytes):
             if len(passage) >= PASSAGE:
                 assert b" ".join(passage.split()) not in trained, f"{document.name} shares {passage[:80]!r}"
+
+
+def test_a_document_that_repeats_a_passage_is_never_held_out() -> None:
+    quoted = b"A passage that two documents share. " * 8
+    texts = {f"reference/{i}": b"Own words.\n\n" + (quoted if i % 2 else b"") for i in range(200)}
+    texts |= {f"library/{i}": b"x" for i in range(200)}
+    heldout = heldout_names([Document(name, text) for name, text in texts.items()])
+    assert {name.split("/")[0] for name in heldout} == {"library", "reference"}
+    assert not any(quoted in texts[name] for name in heldout)
+    lowest = min(("reference/0", "reference/2"), key=name_hash)
+    few = heldout_names([Document(name, b"y") for name in ("reference/0", "reference/2", "library/0")])
+    assert few == {lowest, "library/0"}
 
 
 def test_cpython_leaves_out_tests_other_packages_and_the_reference_as_code(cpython: dict) -> None:
@@ -82,7 +95,7 @@ def test_tiny_shakespeare_is_cut_at_nine_tenths(data: Path) -> None:
 
 def test_wikitext2_is_cut_into_articles_at_first_level_headings(data: Path) -> None:
     articles = [
-        " \n = One = \n \n Text = with signs = \n = = Section = = \n \n Text . \n",
+        " \n = One = \n \n Text = with signs = \n \n = = Section = = \n \n Text . \n",
         " \n = Two = \n \n = not a heading = \n Text . \n",
     ]
     (data / "wikitext2" / "wiki.valid.tokens.gz").write_bytes(gzip.compress("".join(articles).encode()))

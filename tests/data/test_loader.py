@@ -131,6 +131,9 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert twice != order(1, 2)
     assert sorted(twice[:24]) == sorted(twice[24:])
     assert twice[:24] != twice[24:]
+    # Documents themselves are shuffled, not only the rows that are packed side by side.
+    (given,) = evaluation_batches(documents[:8], batch_size=8, length=LENGTH)
+    assert set(twice[:8]) != {row.tobytes() for row in given["targets"]}
     endless = make_loader(documents, batch_size=2, length=LENGTH, seed=0)
     assert [row.tobytes() for batch in take(endless, 12) for row in batch["targets"]] == twice[:24]
 
