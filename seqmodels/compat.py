@@ -11,7 +11,8 @@ from jax import lax
 def varying_axes(x: Any) -> frozenset[str]:
     """Mesh axes over which `x` is typed as varying; empty outside `shard_map` and under `check_vma=False`."""
     aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    return frozenset(getattr(aval, "vma", None) or ())
+    kind = aval.manual_axis_type  # None in a ShapeDtypeStruct without one
+    return frozenset() if kind is None else frozenset(kind.varying)
 
 
 def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
