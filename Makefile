@@ -43,7 +43,7 @@ lint: $(STAMP)  ## Check style, formatting, the direction of imports and types
 	@echo "lint: ruff format"
 	@$(PYTHON) -m ruff format --check .
 	@echo "lint: import-linter"
-	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/lint-imports --no-logo
 	@echo "lint: mypy"
 	@$(PYTHON) -m mypy
 

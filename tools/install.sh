@@ -19,8 +19,13 @@ say() {
 
 find_python() {
     older= lacking=
-    for candidate in $asked python3 python3.11 python3.12 python3.13 python3.14 python \
-        "$HOME"/.pyenv/versions/3.11*/bin/python3 "$HOME"/.pyenv/versions/3.1[2-9]*/bin/python3; do
+    if [ -n "$asked" ]; then
+        set -- "$asked"
+    else
+        set -- python3 python3.11 python3.12 python3.13 python3.14 python \
+            "$HOME"/.pyenv/versions/3.11*/bin/python3 "$HOME"/.pyenv/versions/3.1[2-9]*/bin/python3
+    fi
+    for candidate in "$@"; do
         "$candidate" -c '' >/dev/null 2>&1 || continue
         if ! usable "$candidate"; then
             older="$older $candidate ($("$candidate" -V 2>&1))"
@@ -30,7 +35,6 @@ find_python() {
             echo "$candidate"
             return
         fi
-        [ -z "$asked" ] || break
     done
     if [ -n "$lacking" ]; then
         say "these interpreters cannot make virtual environments, their venv or ensurepip module is missing:$lacking"
@@ -57,6 +61,6 @@ if ! usable "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/nu
     "$python" -m venv "$venv"
 fi
 say "installing the project and its pinned dependencies into $venv (the first time takes some minutes)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
 echo "$wanted" >"$stamp"
 say "done"
