@@ -1,4 +1,4 @@
-"""The one table of what `method="auto"` runs, by platform, kind of recurrence and length."""
+"""The one table of what `method="auto"` runs, by platform, family, kind of recurrence and length."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Rule(NamedTuple):
 
     method: str
     platform: str | None = None
+    family: str | None = None
     matmul_form: bool | None = None  # whether the recurrence has both fold and emit
     max_length: int | None = None
 
@@ -22,6 +23,7 @@ class Rule(NamedTuple):
 # accelerator idle, and an associative scan compiles slowly and holds one element per token.
 RULES = (
     Rule("sequential", max_length=4),
+    Rule("sequential", platform="cpu", family="diagonal"),
     Rule("chunked", matmul_form=True),
     Rule("sequential", platform="cpu"),
     Rule("associative", max_length=64),
@@ -29,12 +31,13 @@ RULES = (
 )
 
 
-def choose(*, matmul_form: bool, length: int, platform: str | None = None) -> str:
+def choose(*, matmul_form: bool, length: int, family: str | None = None, platform: str | None = None) -> str:
     """The method for an associative recurrence of this kind and length; the platform defaults to jax's own."""
     platform = platform or jax.default_backend()
     for rule in RULES:
         fits = (
             rule.platform in (None, platform)
+            and rule.family in (None, family)
             and rule.matmul_form in (None, matmul_form)
             and (rule.max_length is None or length <= rule.max_length)
         )

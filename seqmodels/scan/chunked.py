@@ -15,10 +15,10 @@ from seqmodels.scan.recurrence import (
     Tree,
     act,
     cast_like,
-    precise,
     resetting,
     select,
     settle,
+    settle_element,
     take,
     zero_invalid,
 )
@@ -61,7 +61,7 @@ def chunk_element(recurrence: Recurrence, inputs: Tree, reset: jax.Array | None,
     reset = _as_bools(reset, inputs)
     if recurrence.fold is None:
         return reduce_elements(recurrence, inputs, reset, valid)
-    return jnp.any(reset), precise(recurrence.fold(inputs, reset))
+    return jnp.any(reset), settle_element(recurrence, recurrence.fold(inputs, reset))
 
 
 def chunked(

@@ -96,9 +96,23 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(lambda x, y: lax.convert_element_type(x, y.dtype), tree, like)
 
 
+def settle_element(recurrence: Recurrence, element: Tree) -> Tree:
+    """An element in the types that combining returns (a real drive under a complex decay), at least float32.
+
+    Raises ValueError where `combine` changes the element's structure or shapes.
+    """
+    element = precise(element)
+    both = jax.eval_shape(recurrence.combine, element, element)
+    if jax.tree.structure(both) != jax.tree.structure(element) or any(
+        a.shape != b.shape for a, b in zip(*map(jax.tree.leaves, (both, element)), strict=True)
+    ):
+        raise ValueError(f"combine turns elements {shapes(element)} into {shapes(both)}: structure and shapes must stay")
+    return jax.tree.map(lambda x, b: lax.convert_element_type(x, jnp.promote_types(x.dtype, b.dtype)), element, both)
+
+
 def element_of(recurrence: Recurrence, inputs_t: Tree) -> Tree:
-    """One step's element, its inexact leaves at least float32."""
-    return precise(recurrence.elements(inputs_t))
+    """One step's element, settled."""
+    return settle_element(recurrence, recurrence.elements(inputs_t))
 
 
 def act(recurrence: Recurrence, element: Tree, state: Tree) -> Tree:

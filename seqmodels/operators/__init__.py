@@ -1,0 +1,17 @@
+"""Operator families: structures of recurrences in batched form, which choose their executor or kernel."""
+
+from seqmodels.operators.affine import Drive, Transition, affine_recurrence
+from seqmodels.operators.diagonal import Diagonal, diagonal_recurrence, diagonal_scan
+from seqmodels.operators.outer import Outer, gated_linear_attention, outer_recurrence
+
+__all__ = [
+    "Diagonal",
+    "Drive",
+    "Outer",
+    "Transition",
+    "affine_recurrence",
+    "diagonal_recurrence",
+    "diagonal_scan",
+    "gated_linear_attention",
+    "outer_recurrence",
+]

@@ -1,0 +1,126 @@
+"""The diagonal recurrence h' = a * h + b, element by element, real or complex, time-varying or fixed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Inexact
+
+from seqmodels.operators.family import run_family
+from seqmodels.scan import Recurrence
+from seqmodels.typing import Segments
+
+
+class Diagonal(NamedTuple):
+    """One step's inputs: `log_decay` [D] or [] (natural log of a) and `drive` [D] (b).
+
+    With a fixed `rate`, `log_decay` holds elapsed time instead: the step decays by `exp(rate * elapsed)`.
+    """
+
+    log_decay: Inexact[Array, "*D"]
+    drive: Inexact[Array, "D"]
+
+
+def diagonal_recurrence(rate: Inexact[Array, "D"] | None = None) -> Recurrence:
+    """h_t = exp(log_decay_t) h_{t-1} + drive_t, read as h_t; with `rate`, h_t = exp(rate * elapsed_t) h_{t-1} + drive_t.
+
+    Elements are (log decay, or elapsed time; drive). Decays have a real part <= 0. Exponents are sums of such, never
+    differences, so that every decay down to log 0 = -inf is exact to rounding.
+    """
+
+    def decay(log_decay: Array) -> Array:
+        return jnp.exp(log_decay if rate is None else log_decay * rate)
+
+    def combine(earlier: Diagonal, later: Diagonal) -> Diagonal:
+        drive = decay(later.log_decay) * earlier.drive + later.drive
+        return Diagonal(earlier.log_decay + later.log_decay, drive)
+
+    def fold(inputs: Diagonal, reset: Bool[Array, "C"]) -> Diagonal:
+        kept = since_last_reset(reset)
+        log_decay = jnp.where(_over(kept, inputs.log_decay), inputs.log_decay, 0)
+        weight = jax.vmap(decay)(after_each(log_decay))
+        drive = jnp.sum(jnp.where(kept[:, None], _over(weight, inputs.drive) * inputs.drive, 0), axis=0)
+        return Diagonal(jnp.sum(log_decay, axis=0), drive)
+
+    def emit(inputs: Diagonal, state: Array, reset: Bool[Array, "C"]) -> Array:
+        log_decay, hidden, stop = inputs.log_decay, inputs.drive, reset
+        shift = 1
+        while shift < reset.shape[0]:  # h_t holds the drives of the last `shift` steps, and doubles its reach
+            reach = _over(jax.vmap(decay)(log_decay), hidden) * _delay(hidden, shift)
+            hidden = hidden + jnp.where(stop[:, None], 0, reach)
+            log_decay = log_decay + jnp.where(_over(stop, log_decay), 0, _delay(log_decay, shift))
+            stop = stop | _delay(stop, shift)
+            shift *= 2
+        carried = _over(jax.vmap(decay)(log_decay), hidden) * state[None]
+        return hidden + jnp.where(stop[:, None], 0, carried)
+
+    kind = jnp.float32 if rate is None else rate.dtype
+    return Recurrence(
+        elements=lambda x: x,
+        combine=combine,
+        identity=lambda e: Diagonal(jnp.zeros_like(e.log_decay), jnp.zeros_like(e.drive)),
+        act=lambda e, s: decay(e.log_decay) * s + e.drive,
+        initial=lambda x: jnp.zeros(x.drive.shape, jnp.result_type(x.drive, x.log_decay, kind)),
+        neutral=lambda x: Diagonal(jnp.zeros_like(x.log_decay), jnp.zeros_like(x.drive)),
+        fold=fold,
+        emit=emit,
+    )
+
+
+def diagonal_scan(
+    log_decay: Inexact[Array, "B T D"] | Inexact[Array, "D"],
+    drive: Inexact[Array, "B T D"],
+    state: Inexact[Array, "B D"] | None = None,
+    *,
+    elapsed: Inexact[Array, "B T"] | None = None,
+    segments: Segments | None = None,
+    method: str = "auto",
+    chunk: int | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    """h_t = exp(log_decay_t) h_{t-1} + drive_t over a batch: `(h [B, T, D], state [B, D])`, in at least float32.
+
+    `log_decay` of `[D]` is fixed over time; `elapsed` [B, T] then scales it step by step (irregular samples; default
+    1). Real parts must be <= 0. `segments` None: one document a row, which continues `state`. With `sequence_axis`,
+    inside `shard_map`, T is this device's span. Raises ValueError on shapes that do not fit.
+    """
+    fixed = log_decay.ndim == 1
+    if drive.ndim != 3 or log_decay.shape not in (drive.shape, drive.shape[2:]) or (elapsed is not None and not fixed):
+        raise ValueError(
+            f"diagonal_scan takes drive [B, T, D] with log_decay [B, T, D], or [D] with elapsed [B, T] or None; "
+            f"not drive {drive.shape}, log_decay {log_decay.shape}, elapsed {getattr(elapsed, 'shape', None)}"
+        )
+    if fixed and elapsed is None:
+        elapsed = jnp.ones(drive.shape[:2], jnp.promote_types(log_decay.real.dtype, jnp.float32))
+    return run_family(
+        "diagonal",
+        diagonal_recurrence(log_decay if fixed else None),
+        Diagonal(elapsed if fixed else log_decay, drive),
+        state,
+        segments=segments,
+        method=method,
+        chunk=chunk,
+        sequence_axis=sequence_axis,
+    )
+
+
+def since_last_reset(reset: Bool[Array, "C"]) -> Bool[Array, "C"]:
+    """Which steps of a chunk come at or after its last reset; all of them where there is none."""
+    later = jax.lax.cumsum(reset.astype(jnp.int32), reverse=True)
+    return later - reset.astype(jnp.int32) == 0
+
+
+def after_each(log_decay: Inexact[Array, "C ..."]) -> Inexact[Array, "C ..."]:
+    """The decay from after each step to the chunk's end: a reversed, exclusive sum, without any subtraction."""
+    return _delay(jax.lax.cumsum(log_decay[::-1]), 1)[::-1]
+
+
+def _delay(x: Array, steps: int) -> Array:
+    return jnp.concatenate([jnp.zeros_like(x[:steps]), x[:-steps]])
+
+
+def _over(x: Array, like: Array) -> Array:
+    """`x` with trailing axes added up to the rank of `like`."""
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

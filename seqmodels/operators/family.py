@@ -1,0 +1,47 @@
+"""What the families share: batching, segments, sharding over time, and the choice of the executor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from seqmodels.scan import Recurrence, scan, sharded_scan
+from seqmodels.scan.auto import choose
+from seqmodels.typing import Segments
+
+
+def run_family(
+    family: str,
+    recurrence: Recurrence,
+    inputs: Any,
+    state: Any,
+    *,
+    segments: Segments | None,
+    method: str,
+    chunk: int | None,
+    sequence_axis: str | None,
+    heads: Any = None,
+) -> tuple[Any, Any]:
+    """Runs a family's recurrence over inputs `[B, T, ...]`; `heads` maps one row's scan over its heads.
+
+    Raises ValueError where `method` cannot serve the family.
+    """
+    if method == "pallas":
+        raise ValueError(
+            f"method='pallas': there is no kernel for the {family} family on {jax.default_backend()} yet; "
+            "use 'auto', which takes the XLA form"
+        )
+    length = jax.tree.leaves(inputs)[0].shape[1]
+    if method == "auto":
+        method = choose(matmul_form=True, length=length, family=family)
+
+    def row(inputs: Any, state: Any, reset: Any, valid: Any) -> tuple[Any, Any]:
+        options = dict(reset=reset, valid=valid, method=method, chunk=chunk)
+        if sequence_axis is not None:
+            return sharded_scan(recurrence, inputs, state, axis_name=sequence_axis, **options)
+        return scan(recurrence, inputs, state, **options)
+
+    mapped = row if heads is None else heads(row)
+    reset, valid = (None, None) if segments is None else segments
+    return jax.vmap(mapped)(inputs, state, reset, valid)

@@ -1,0 +1,208 @@
+"""The outer-product recurrence S' = a S + k v^T, with a scalar decay per head or one per key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from seqmodels.operators.diagonal import after_each, since_last_reset
+from seqmodels.operators.family import run_family
+from seqmodels.scan import Recurrence
+from seqmodels.typing import Segments
+
+
+class Outer(NamedTuple):
+    """One step's inputs: `query`, `key` [K], `value` [V], `log_decay` [] (per head), [K] (per key) or None (a = 1)."""
+
+    query: Float[Array, "K"]
+    key: Float[Array, "K"]
+    value: Float[Array, "V"]
+    log_decay: Float[Array, "*K"] | None
+
+
+class OuterElement(NamedTuple):
+    """The map S -> exp(log_decay) S + memory of a span; `log_decay` is [1] for a scalar decay, [K] for one per key."""
+
+    log_decay: Float[Array, "*K"]
+    memory: Float[Array, "K V"]
+
+
+def outer_recurrence(*, read_before: bool = False) -> Recurrence:
+    """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, read as q_t^T S_t, or q_t^T S_{t-1} with `read_before`.
+
+    Decays are <= 0 in log, -inf included.
+    """
+
+    def emit(inputs: Outer, state: Array, reset: Bool[Array, "C"]) -> Array:
+        log_decay = _log_decays(inputs)
+        reach = after_each(log_decay[::-1])[::-1] if read_before else jnp.cumsum(log_decay, axis=0)
+        scores = decayed_scores(inputs.query, inputs.key, log_decay, inclusive=not read_before)
+        segment = jnp.cumsum(reset.astype(jnp.int32))
+        scores = jnp.where(segment[:, None] == segment[None], scores, 0)
+        carried = (_f32(inputs.query) * jnp.exp(reach)) @ state
+        inside = jnp.matmul(scores.astype(inputs.value.dtype), inputs.value, preferred_element_type=state.dtype)
+        return inside + jnp.where(segment[:, None] == 0, carried, 0)
+
+    return Recurrence(
+        elements=lambda x: OuterElement(_log_decay(x), _f32(x.key)[:, None] * _f32(x.value)[None]),
+        combine=lambda a, b: OuterElement(a.log_decay + b.log_decay, _act(b, a.memory)),
+        identity=lambda e: jax.tree.map(jnp.zeros_like, e),
+        act=_act,
+        read=lambda s, x: _f32(x.query) @ s,
+        read_before=read_before,
+        initial=lambda x: jnp.zeros((*x.key.shape, *x.value.shape), jnp.result_type(x.key, x.value, jnp.float32)),
+        neutral=_neutral,
+        fold=_fold,
+        emit=emit,
+    )
+
+
+def _f32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _log_decay(inputs: Outer) -> Array:
+    if inputs.log_decay is None:
+        return jnp.zeros((1,), jnp.result_type(inputs.key, jnp.float32))
+    return _f32(jnp.atleast_1d(inputs.log_decay))
+
+
+def _log_decays(inputs: Outer) -> Array:
+    return jax.vmap(_log_decay)(inputs)
+
+
+def _act(element: OuterElement, state: Array) -> Array:
+    return jnp.exp(element.log_decay)[:, None] * state + element.memory
+
+
+def _neutral(inputs: Outer) -> Outer:
+    log_decay = None if inputs.log_decay is None else jnp.zeros_like(inputs.log_decay)
+    return inputs._replace(key=jnp.zeros_like(inputs.key), log_decay=log_decay)
+
+
+def _fold(inputs: Outer, reset: Bool[Array, "C"]) -> OuterElement:
+    kept = since_last_reset(reset)[:, None]
+    log_decay = jnp.where(kept, _log_decays(inputs), 0)
+    key = jnp.where(kept, _f32(inputs.key) * jnp.exp(after_each(log_decay)), 0)
+    memory = jnp.matmul(key.T.astype(inputs.value.dtype), inputs.value, preferred_element_type=key.dtype)
+    return OuterElement(jnp.sum(log_decay, axis=0), memory)
+
+
+def decayed_scores(
+    query: Float[Array, "C K"],
+    key: Float[Array, "C K"],
+    log_decay: Float[Array, "C #K"],
+    *,
+    inclusive: bool = True,
+) -> Float[Array, "C C"]:
+    """scores[i, j] = sum_k q_ik k_jk exp(sum of log_decay_sk over j < s <= i) for j <= i, and 0 above the diagonal.
+
+    `inclusive` False leaves step i itself out: s < i, and j < i. Blocks are merged pairwise: what leads from j to
+    i is the sum from j to its block's end and from i's block's start to i, so every exponent is a sum of logs <= 0 and
+    nothing is subtracted: exact to rounding and free of overflow for any decay, where exp(-cumsum) overflows.
+    """
+    length, scalar = query.shape[0], log_decay.shape[1] == 1
+    padded = 1 << (length - 1).bit_length()
+    fill = lambda x: jnp.pad(x, ((0, padded - length), (0, 0)))[:, None]
+    query, key, log_decay = fill(query), fill(key), fill(log_decay)
+    scores = jnp.zeros_like(log_decay) if scalar else jnp.sum(_f32(query) * _f32(key), axis=2, keepdims=True)
+    if not inclusive:
+        scores = jnp.full_like(scores, -jnp.inf) if scalar else jnp.zeros_like(scores)
+    reach = log_decay if inclusive else jnp.zeros_like(log_decay)  # from the block's start to each step
+    rest = jnp.zeros_like(log_decay)  # from after each step to the block's end
+    total = log_decay
+    while scores.shape[0] > 1:
+        first, second = (lambda x: x[0::2]), (lambda x: x[1::2])
+        if scalar:  # exponents first, one matmul for all scores at the end
+            across = second(reach) + first(rest).swapaxes(1, 2)
+            above = jnp.full_like(across, -jnp.inf)
+        else:
+            late = (second(query) * jnp.exp(second(reach))).astype(query.dtype)
+            early = (first(key) * jnp.exp(first(rest))).astype(key.dtype)
+            across = jnp.einsum("nik,njk->nij", late, early, preferred_element_type=scores.dtype)
+            above = jnp.zeros_like(across)
+        upper = jnp.concatenate([first(scores), above], axis=2)
+        lower = jnp.concatenate([across, second(scores)], axis=2)
+        scores = jnp.concatenate([upper, lower], axis=1)
+        reach = jnp.concatenate([first(reach), first(total) + second(reach)], axis=1)
+        rest = jnp.concatenate([first(rest) + second(total), second(rest)], axis=1)
+        total = first(total) + second(total)
+        query, key = (x.reshape(-1, 2 * x.shape[1], x.shape[2]) for x in (query, key))
+    if scalar:
+        scores = jnp.matmul(query, key.swapaxes(1, 2), preferred_element_type=scores.dtype) * jnp.exp(scores)
+    return scores[0, :length, :length]
+
+
+def gated_linear_attention(
+    query: Float[Array, "B T G K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H *K"] | None = None,
+    state: Float[Array, "B H K V"] | None = None,
+    *,
+    bonus: Float[Array, "H K"] | None = None,
+    segments: Segments | None = None,
+    method: str = "auto",
+    chunk: int | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, out_t = q_t^T S_t, for a batch of heads: `(out, state)`.
+
+    `log_decay` [B, T, H] decays a head, [B, T, H, K] a key; None: no decay (linear attention). It must be <= 0, and may
+    be -inf. With G groups, head h uses query and key h // (H / G). With `bonus` u (RWKV-6, 2404.05892) the output is
+    q_t^T (S_{t-1} + diag(u) k_t v_t^T) instead. Outputs have the type of `value`, states are at least float32. `segments` None: one document a row, which continues `state`.
+    Raises ValueError on shapes that do not fit.
+    """
+    groups, heads = query.shape[2], value.shape[2]
+    expected = (*value.shape[:3],)
+    decays = (None, expected, (*expected, query.shape[-1]))
+    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] and heads % groups == 0
+    if not fits or getattr(log_decay, "shape", None) not in decays:
+        raise ValueError(
+            f"query and key [B, T, G, K], value [B, T, H, V] with G dividing H, log_decay [B, T, H], [B, T, H, K] or "
+            f"None; not {query.shape}, {key.shape}, {value.shape}, {getattr(log_decay, 'shape', None)}"
+        )
+    share = heads // groups
+    split = lambda x: None if x is None else x.reshape(*x.shape[:2], groups, share, *x.shape[3:])
+    inputs = Outer(query, key, split(value), split(log_decay))
+    if state is None:
+        kind = jnp.result_type(key, value, jnp.float32)
+        state = jnp.zeros((query.shape[0], heads, key.shape[-1], value.shape[-1]), kind)
+    state = state.reshape(state.shape[0], groups, share, *state.shape[2:])
+
+    def over_heads(row: Callable[..., Any]) -> Callable[..., Any]:
+        def one_row(inputs: Outer, state: Array, reset: Any, valid: Any) -> Any:
+            def head(inputs: Outer, state: Array) -> Any:
+                return row(inputs, state, reset, valid)
+
+            group = jax.vmap(head, in_axes=(Outer(None, None, 1, 1), 0), out_axes=(1, 0))
+            return jax.vmap(group, in_axes=(1, 0), out_axes=(1, 0))(inputs, state)
+
+        return one_row
+
+    out, state = run_family(
+        "outer",
+        outer_recurrence(read_before=bonus is not None),
+        inputs,
+        state,
+        segments=segments,
+        method=method,
+        chunk=chunk,
+        sequence_axis=sequence_axis,
+        heads=over_heads,
+    )
+    out = out.reshape(value.shape)
+    if bonus is not None:
+        out = out + _own_steps(query, key, value, bonus, segments)
+    return out.astype(value.dtype), state.reshape(state.shape[0], heads, *state.shape[3:])
+
+
+def _own_steps(query: Array, key: Array, value: Array, bonus: Array, segments: Segments | None) -> Array:
+    if segments is not None:  # padding may hold anything
+        query, key, value = (jnp.where(segments.valid[..., None, None], x, 0) for x in (query, key, value))
+    pairs = jnp.repeat(_f32(query) * _f32(key), value.shape[2] // key.shape[2], axis=2)
+    return jnp.einsum("bthk,hk->bth", pairs, bonus)[..., None] * _f32(value)
