@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from seqmodels.layers.carry import token_positions
 from seqmodels.layers.linear import Linear
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.stack import LayerGroups, Stack, check_layers
@@ -96,13 +97,21 @@ class LanguageModel(nnx.Module):
         segments: Segments | None = None,
         *,
         key: Array | None = None,
+        sequence_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], LMState, dict[str, Array]]:
-        """The normalised hidden vectors, the state after the last token, and the layers' auxiliary scalars."""
+        """The normalised hidden vectors, the state after the last token, and the layers' auxiliary scalars.
+
+        `sequence_axis`: inside `shard_map`, the mesh axis over which time is sharded; tokens and segments are then this
+        device's span, states the same on every device.
+        """
         self._check(tokens, state, segments)
         if segments is None:
             segments = Segments.whole(*tokens.shape, fresh=state is None)
-        positions, position = segments.positions(0 if state is None else state.position)
-        context = Context(segments, positions, key)
+            if sequence_axis is not None:  # only the first device holds the beginning
+                segments = segments._replace(start=segments.start & (jax.lax.axis_index(sequence_axis) == 0))
+        offset = jnp.zeros(tokens.shape[:1], jnp.int32) if state is None else state.position
+        positions, position = token_positions(segments, offset, sequence_axis)
+        context = Context(segments, positions, key, sequence_axis=sequence_axis)
         # Padding may hold any integer; a token outside the vocabulary elsewhere becomes NaN rather than another token.
         tokens = jnp.where(segments.valid, tokens, 0)
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
