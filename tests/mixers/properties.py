@@ -1,15 +1,14 @@
 """What every property test of the mixers stands on: a mixer under test, layouts of documents, and how arrays compare.
 
-A mixer is observed through one compiled function, `Subject.run`: a span of tokens, then one more token that looks at
-the state (`probe`), and the gradients of a weighted sum of both. Two states are the same if whatever follows cannot
-tell them apart, which holds for a matrix and for a ring buffer alike. Most properties are then calls of that function
-with other values of the same shapes, so that a mixer is compiled a handful of times, not once a test.
+A mixer is observed through one compiled function, `Subject.run`: its outputs, what can be told of the state after them,
+and the gradients of a weighted sum of both. Most properties are calls of that function with other values of the same
+shapes, so that a mixer is compiled a handful of times, not once a test.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from seqmodels import params
@@ -33,11 +31,9 @@ TIME = "time"  # the mesh axis of the sharded tests
 FLOAT32 = 3e-5
 # The same for sums that pass through a backward pass, and for float32 against float64.
 FLOAT32_GRADIENT = 1e-4
-# float64 against itself in another order: 2^-52, times the condition of the gates.
-FLOAT64 = 1e-10
 
 CONFIGS: dict[str, MixerConfig] = dict(examples())
-ATTENTION = {"attention", "sliding_attention"}  # their states are caches; the other examples are recurrences
+ATTENTION = {"attention", "sliding_attention"}  # their states are caches, some of whose slots nobody ever reads
 RECURRENT = [name for name in CONFIGS if name not in ATTENTION]
 
 
@@ -49,10 +45,10 @@ class Carry(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The loss is the sum of the outputs and of the probe's outputs, each times its weight."""
+    """The loss is the sum of `Result.y` and of the inexact leaves of `Result.after`, each times its weight."""
 
     y: np.ndarray
-    probe: np.ndarray
+    after: list[np.ndarray]
 
 
 class Gradients(NamedTuple):
@@ -62,9 +58,11 @@ class Gradients(NamedTuple):
 
 
 class Result(NamedTuple):
+    """`after` is what can be told of the final state: the state itself, or what one more token reads in a cache."""
+
     loss: Any
     y: Any
-    probe: Any
+    after: Any
     carry: Carry
     gradients: Gradients
 
@@ -73,17 +71,26 @@ def is_inexact(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
+def inexact(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+
+
 class Subject:
     """A mixer under test, with every parameter moved away from its initial value: zero biases would hide errors."""
 
-    def __init__(self, config: MixerConfig, capacity: int = CAPACITY) -> None:
-        self.capacity = capacity
-        self.mixer = config.make(WIDTH, layer=1, depth=4, rngs=nnx.Rngs(0))
-        self.definition, arrays = params.split(self.mixer)
+    def __init__(self, config: MixerConfig, *, caches: bool, capacity: int = CAPACITY) -> None:
+        self.caches, self.capacity = caches, capacity
+
+        @jax.jit
+        def make() -> Any:  # jitted: one program instead of one a parameter
+            self.definition, arrays = params.split(config.make(WIDTH, layer=1, depth=4, rngs=nnx.Rngs(0)))
+            return arrays
+
         random = np.random.default_rng(1)
-        self.params = jax.tree.map(lambda p: np.asarray(p) + normal(random, *p.shape, scale=0.05), arrays)
+        self.params = jax.tree.map(lambda p: np.asarray(p) + normal(random, *p.shape, scale=0.05), make())
+        self.mixer = params.merge(self.definition, self.params)
         self.forward = jax.jit(self._forward)
-        self._compiled_run = jax.jit(self._run, static_argnames=("mesh", "steps"))
+        self._compiled_run = jax.jit(self._run, static_argnames=("mesh", "check_vma", "steps"))
 
     def run(
         self,
@@ -95,32 +102,50 @@ class Subject:
         weights: Weights | None = None,
         **how: Any,
     ) -> Result:
-        """Outputs, the carry after them, and the gradients; the subject's parameters unless others are given.
+        """Outputs, the state after them, and the gradients; the subject's parameters unless others are given.
 
         `steps=True` calls the mixer on one token at a time; `mesh` shards time over its devices.
         """
         arrays = self.params if arrays is None else arrays
-        weights = random_weights(segments.valid) if weights is None else weights
-        probe = tokens(99, x.shape[0], 1)
-        return self._compiled_run(arrays, x, carry, segments, weights, probe, **how)
+        weights = self.weights(segments.valid) if weights is None else weights
+        return self._compiled_run(arrays, x, carry, segments, weights, **how)
 
     def trace(self, x: Any, carry: Carry, segments: Segments) -> Any:
         """The program of `run`, traced and not yet lowered."""
-        weights, probe = random_weights(segments.valid), tokens(99, x.shape[0], 1)
-        return self._compiled_run.trace(self.params, x, carry, segments, weights, probe)
+        return self._compiled_run.trace(self.params, x, carry, segments, self.weights(segments.valid))
 
-    def fresh(self, batch: int = BATCH) -> Carry:
+    def after(self, carry: Carry) -> Any:
+        """As `Result.after`."""
+        return self._after(self.forward, self.params, carry)
+
+    @functools.cached_property
+    def fresh(self) -> Carry:
         """What a document starts from, as numpy arrays."""
-        state = jax.tree.map(np.asarray, self.mixer.init_state(batch, capacity=self.capacity))
-        return Carry(state, np.zeros(batch, np.int32))
+        state = jax.tree.map(np.asarray, self.mixer.init_state(BATCH, capacity=self.capacity))
+        return Carry(state, np.zeros(BATCH, np.int32))
 
     @functools.cached_property
     def warm(self) -> Carry:
         """A state that has seen tokens: another number of them in every row."""
         before = layout("----------------", "-------------...", "---------+-.....", "+---+---+---+---")
-        return jax.tree.map(np.asarray, self.run(tokens(7), self.fresh(), before).carry)
+        return jax.tree.map(np.asarray, self.run(tokens(7), self.fresh, before).carry)
 
-    def _forward(self, arrays: Any, x: Any, carry: Carry, segments: Segments, mesh: Mesh | None = None) -> Any:
+    def weights(self, valid: np.ndarray, *, after: bool = True) -> Weights:
+        """Random weights of the outputs at `valid: [B, T]`, zero elsewhere, and of what can be told of the state."""
+        random = np.random.default_rng(5)
+        y = normal(random, *valid.shape, WIDTH) * valid[..., None]
+        shapes = [(BATCH, 1, WIDTH)] if self.caches else [leaf.shape for leaf in inexact(self.fresh.state)]
+        return Weights(y, [normal(random, *shape) * after for shape in shapes])
+
+    def _after(self, forward: Callable[..., Any], arrays: Any, carry: Carry) -> Any:
+        if not self.caches:
+            return carry.state
+        dtype = jax.tree.leaves(arrays)[0].dtype
+        return forward(arrays, tokens(99, BATCH, 1).astype(dtype), carry, Segments.whole(BATCH, 1, fresh=False))[0]
+
+    def _forward(
+        self, arrays: Any, x: Any, carry: Carry, segments: Segments, *, mesh: Any = None, **check: bool
+    ) -> Any:
         positions, position = segments.positions(carry.position)
 
         def mix(arrays: Any, x: Any, state: Any, segments: Segments, positions: Any) -> Any:
@@ -129,7 +154,8 @@ class Subject:
 
         if mesh is not None:
             along = P(None, TIME)
-            mix = jax.shard_map(mix, mesh=mesh, in_specs=(P(), along, P(), along, along), out_specs=(along, P()))
+            specs = {"in_specs": (P(), along, P(), along, along), "out_specs": (along, P())}
+            mix = jax.shard_map(mix, mesh=mesh, **specs, **check)
         y, state = mix(arrays, x, carry.state, segments, positions)
         return y, Carry(state, position)
 
@@ -150,31 +176,29 @@ class Subject:
         carry: Carry,
         segments: Segments,
         weights: Weights,
-        probe: Any,
-        mesh: Mesh | None = None,
         steps: bool = False,
+        **sharding: Any,
     ) -> Result:
-        forward = self._steps if steps else functools.partial(self._forward, mesh=mesh)
+        forward = self._steps if steps else functools.partial(self._forward, **sharding)
         leaves, structure = jax.tree.flatten(carry.state)
 
-        def loss(arrays: Any, x: Any, inexact: list[Any]) -> Any:
-            given = iter(inexact)
-            state = jax.tree.unflatten(structure, [next(given) if is_inexact(leaf) else leaf for leaf in leaves])
-            y, after = forward(arrays, x, Carry(state, carry.position), segments)
-            more = Segments.whole(x.shape[0], 1, fresh=False)
-            seen, _ = self._forward(arrays, probe.astype(x.dtype), after, more)
-            total = jnp.sum(jnp.where(weights.y != 0, weights.y * y, 0)) + jnp.sum(weights.probe * seen)
-            return total, (y, seen, after)
+        def loss(arrays: Any, x: Any, given: list[Any]) -> Any:
+            rest = iter(given)
+            state = jax.tree.unflatten(structure, [next(rest) if is_inexact(leaf) else leaf for leaf in leaves])
+            y, carried = forward(arrays, x, Carry(state, carry.position), segments)
+            after = self._after(self._forward, arrays, carried)
+            total = jnp.sum(jnp.where(weights.y != 0, weights.y * y, 0))
+            total += sum(jnp.sum(weight * leaf) for weight, leaf in zip(weights.after, inexact(after), strict=True))
+            return total, (y, after, carried)
 
-        inexact = [leaf for leaf in leaves if is_inexact(leaf)]
-        (total, aux), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(arrays, x, inexact)
+        (total, aux), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(arrays, x, inexact(carry.state))
         return Result(total, *aux, Gradients(*gradients))
 
 
 @functools.cache
 def subject(name: str) -> Subject:
     """One example, made and compiled once for all tests."""
-    return Subject(CONFIGS[name])
+    return Subject(CONFIGS[name], caches=name in ATTENTION)
 
 
 def normal(random: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
@@ -183,13 +207,6 @@ def normal(random: np.random.Generator, *shape: int, scale: float = 1.0) -> np.n
 
 def tokens(seed: int, batch: int = BATCH, length: int = LENGTH) -> np.ndarray:
     return normal(np.random.default_rng(seed), batch, length, WIDTH)
-
-
-def random_weights(valid: np.ndarray, *, probe: bool = True) -> Weights:
-    """Random weights at the positions `valid: [B, T]`, zero elsewhere."""
-    random = np.random.default_rng(5)
-    y = normal(random, *valid.shape, WIDTH) * valid[..., None]
-    return Weights(y, normal(random, len(valid), 1, WIDTH) * probe)
 
 
 def layout(*rows: str) -> Segments:
@@ -233,9 +250,9 @@ def documents(start: np.ndarray, valid: np.ndarray) -> list[Document]:
     return [Document(where[0], where[-1] + 1, index == 0) for index, where in spans if where.size]
 
 
-def row_of(carry: Carry, row: int) -> Carry:
+def row_of(tree: Any, row: int) -> Any:
     """One row of every leaf."""
-    return jax.tree.map(lambda leaf: leaf[row], carry)
+    return jax.tree.map(lambda leaf: leaf[row], tree)
 
 
 def choose_rows(condition: np.ndarray, on_true: Carry, on_false: Carry) -> Carry:

@@ -18,7 +18,6 @@ from tests.mixers.properties import (
     FLOAT32_GRADIENT,
     LENGTH,
     MIXED,
-    RECURRENT,
     UNBROKEN,
     Weights,
     assert_close,
@@ -26,7 +25,6 @@ from tests.mixers.properties import (
     choose_rows,
     documents,
     layout,
-    random_weights,
     right_padded,
     row_of,
     subject,
@@ -52,9 +50,7 @@ def test_a_cut_anywhere_changes_nothing(name: str) -> None:
         for row, cut in enumerate(cuts):
             y = np.concatenate([first.y[row, :cut], second.y[row, : LENGTH - cut]])
             assert_close(y, whole.y[row], FLOAT32)
-        assert_close(second.probe, whole.probe, FLOAT32)
-        if name in RECURRENT:
-            assert_close(second.carry, whole.carry, FLOAT32)
+        assert_close(second.after, whole.after, FLOAT32)
 
 
 @every_mixer
@@ -71,17 +67,15 @@ def test_pieces_equal_the_whole(name: str, pieces: tuple[int, ...]) -> None:
         outputs.append(y)
         begin += size
     assert_close(np.concatenate(outputs, axis=1), whole.y, FLOAT32)
-    probe, _ = s.forward(s.params, tokens(99, BATCH, 1), carry, Segments.whole(BATCH, 1, fresh=False))
-    assert_close(probe, whole.probe, FLOAT32)
+    assert_close(s.after(carry), whole.after, FLOAT32)
     chex.assert_trees_all_equal_shapes_and_dtypes(carry, whole.carry)
-    if name in RECURRENT:
-        assert_close(carry, whole.carry, FLOAT32)
 
 
 @every_mixer
 def test_packed_equals_separate(name: str) -> None:
     """Documents packed into rows equal each one alone: outputs, what follows the last one, and every gradient."""
-    s, x, weights = subject(name), tokens(0), random_weights(MIXED.valid)
+    s, x = subject(name), tokens(0)
+    weights = s.weights(MIXED.valid)
     packed = s.run(x, s.warm, MIXED, weights=weights)
     rows = [documents(*row) for row in zip(*MIXED, strict=True)]
     in_params = jax.tree.map(np.zeros_like, s.params)
@@ -92,11 +86,12 @@ def test_packed_equals_separate(name: str) -> None:
             if d is not None:
                 batch[r, : d.end - d.begin] = x[r, d.begin : d.end]
                 weighted.y[r, : d.end - d.begin] = weights.y[r, d.begin : d.end]
-                weighted.probe[r] = weights.probe[r] * (k == len(rows[r]) - 1)
+                for ours, given in zip(weighted.after, weights.after, strict=True):
+                    ours[r] = given[r] * (k == len(rows[r]) - 1)
         carried = np.array([d is not None and d.carried for d in alone])
         lengths = [0 if d is None else d.end - d.begin for d in alone]
         result = s.run(
-            batch, choose_rows(carried, s.warm, s.fresh()), right_padded(lengths, start=False), weights=weighted
+            batch, choose_rows(carried, s.warm, s.fresh), right_padded(lengths, start=False), weights=weighted
         )
         in_params = jax.tree.map(np.add, in_params, result.gradients.params)
         for r, d in enumerate(alone):
@@ -109,12 +104,11 @@ def test_packed_equals_separate(name: str) -> None:
                 ours, theirs = ([g[r] for g in which.gradients.state] for which in (result, packed))
                 assert_close(ours, theirs, FLOAT32_GRADIENT)
             if k == len(rows[r]) - 1:
-                assert_close(result.probe[r], packed.probe[r], FLOAT32)
-                if name in RECURRENT:
-                    assert_close(row_of(result.carry, r), row_of(packed.carry, r), FLOAT32)
+                assert_close(row_of(result.after, r), row_of(packed.after, r), FLOAT32)
+                assert result.carry.position[r] == packed.carry.position[r]
     assert_close(in_params, packed.gradients.params, FLOAT32_GRADIENT)
     forgotten = [r for r, row in enumerate(rows) if len(row) > 1]
-    only_last = s.run(x, s.warm, MIXED, weights=Weights(0 * weights.y, weights.probe))
+    only_last = s.run(x, s.warm, MIXED, weights=Weights(0 * weights.y, weights.after))
     assert all(not np.any(g[np.array(forgotten)]) for g in only_last.gradients.state), "a gradient passed a reset"
 
 
@@ -125,8 +119,7 @@ def test_padding_changes_nothing(name: str) -> None:
     clean = s.run(np.where(MIXED.valid[..., None], x, 0), s.warm, MIXED)
     poisoned = s.run(np.where(MIXED.valid[..., None], x, np.nan), s.warm, MIXED)
     assert_valid_close(poisoned.y, clean.y, MIXED.valid)
-    assert_close(poisoned.probe, clean.probe, FLOAT32)
-    assert_close(poisoned.carry, clean.carry, FLOAT32)
+    assert_close(poisoned.after, clean.after, FLOAT32)
     assert_close(poisoned.gradients, clean.gradients, FLOAT32_GRADIENT)
     assert not np.any(np.asarray(poisoned.gradients.x)[~MIXED.valid]), "padding has a gradient"
 
@@ -135,18 +128,15 @@ def test_padding_changes_nothing(name: str) -> None:
 def test_padded_equals_unpadded(name: str) -> None:
     """Seven tokens alone, padded on the right, padded on the left; a row of nothing but padding keeps its state."""
     s, x, n = subject(name), tokens(0), 7
-    y, carry = s.forward(s.params, x[:, :n], s.fresh(), layout(*["+------"] * BATCH))
-    probe, _ = s.forward(s.params, tokens(99, BATCH, 1), carry, Segments.whole(BATCH, 1, fresh=False))
+    y, carry = s.forward(s.params, x[:, :n], s.fresh, layout(*["+------"] * BATCH))
     for drawing in ("+------.........", ".........+------", "...+------......"):
         segments, begin = layout(*[drawing] * BATCH), drawing.index("+")
         spread = np.full_like(x, np.nan)
         spread[:, begin : begin + n] = x[:, :n]
         result = s.run(spread, s.warm, segments)
         assert_close(result.y[:, begin : begin + n], y, FLOAT32)
-        assert_close(result.probe, probe, FLOAT32)
+        assert_close(result.after, s.after(carry), FLOAT32)
         np.testing.assert_array_equal(result.carry.position, carry.position)
-        if name in RECURRENT:
-            assert_close(result.carry, carry, FLOAT32)
     nothing = s.run(np.full_like(x, np.nan), s.warm, layout(*["." * LENGTH] * BATCH))
     assert_close(nothing.carry, s.warm, FLOAT32)
 
@@ -159,7 +149,7 @@ def test_the_future_has_no_gradient(name: str) -> None:
         at = np.arange(LENGTH) == np.asarray(times)[:, None]
         for row in range(BATCH):
             keep = at & (np.arange(BATCH) == row)[:, None]
-            gradient = np.asarray(s.run(x, s.warm, UNBROKEN, weights=random_weights(keep, probe=False)).gradients.x)
+            gradient = np.asarray(s.run(x, s.warm, UNBROKEN, weights=s.weights(keep, after=False)).gradients.x)
             reached = np.any(gradient != 0, axis=-1)
             t = times[row]
             assert not reached[np.arange(BATCH) != row].any(), f"y of row {row} depends on another row"

@@ -9,11 +9,11 @@ import pytest
 
 from seqmodels.typing import Segments
 from tests.mixers.properties import (
+    ATTENTION,
     BATCH,
     CONFIGS,
     FLOAT32,
     FLOAT32_GRADIENT,
-    RECURRENT,
     Gradients,
     Result,
     Subject,
@@ -21,7 +21,6 @@ from tests.mixers.properties import (
     assert_close,
     assert_valid_close,
     draw,
-    random_weights,
     tokens,
 )
 
@@ -33,7 +32,7 @@ LONGEST = max(LENGTHS)
 
 @functools.cache
 def subject(name: str) -> Subject:
-    return Subject(CONFIGS[name], capacity=LONGEST + 32)
+    return Subject(CONFIGS[name], caches=name in ATTENTION, capacity=LONGEST + 32)
 
 
 def token_by_token(s: Subject, x: np.ndarray, segments: Segments, weights: Weights) -> Result:
@@ -41,7 +40,7 @@ def token_by_token(s: Subject, x: np.ndarray, segments: Segments, weights: Weigh
     length = x.shape[1]
     fill = lambda a: np.pad(a, [(0, 0), (0, LONGEST - length)] + [(0, 0)] * (a.ndim - 2))
     longer = Segments(*map(fill, segments))
-    result = s.run(fill(x), s.warm, longer, weights=Weights(fill(weights.y), weights.probe), steps=True)
+    result = s.run(fill(x), s.warm, longer, weights=Weights(fill(weights.y), weights.after), steps=True)
     gradients = result.gradients._replace(x=result.gradients.x[:, :length])
     return result._replace(y=result.y[:, :length], gradients=gradients)
 
@@ -54,13 +53,11 @@ def test_every_length_equals_token_by_token(name: str, length: int) -> None:
     x = tokens(length, BATCH, length)
     unbroken = Segments(np.zeros((BATCH, length), bool), np.ones((BATCH, length), bool))
     for segments in (unbroken, draw(random, BATCH, length), draw(random, BATCH, length)):
-        weights = random_weights(segments.valid)
+        weights = s.weights(segments.valid)
         expected = token_by_token(s, x, segments, weights)
         result = s.run(x, s.warm, segments, weights=weights)
         assert_valid_close(result.y, expected.y, segments.valid)
-        assert_close(result.probe, expected.probe, FLOAT32)
-        if name in RECURRENT:
-            assert_close(result.carry, expected.carry, FLOAT32)
+        assert_close(result.after, expected.after, FLOAT32)
         for ours, theirs, part in zip(result.gradients, expected.gradients, Gradients._fields, strict=True):
             try:
                 assert_close(ours, theirs, FLOAT32_GRADIENT)
@@ -82,5 +79,4 @@ def test_long_pieces_equal_the_whole(name: str, pieces: tuple[int, ...]) -> None
         y, carry = s.forward(s.params, x[:, begin:end], carry, piece)
         outputs.append(y)
     assert_close(np.concatenate(outputs, axis=1), whole, FLOAT32)
-    if name in RECURRENT:
-        assert_close(carry, after, FLOAT32)
+    assert_close(s.after(carry), s.after(after), FLOAT32)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from seqmodels.typing import Segments
 from tests.mixers.properties import (
@@ -53,7 +54,7 @@ def test_compiles_once(name: str) -> None:
     """A returned state, other segments and other tokens run what the first call compiled, for spans and for steps."""
     s = subject(name)
     step = Segments.whole(BATCH, 1, fresh=False)
-    carry = s.run(tokens(0), s.fresh(), MIXED).carry
+    carry = s.run(tokens(0), s.fresh, MIXED).carry
     _, carry = s.forward(s.params, tokens(1, BATCH, 1), carry, step)
     with compilations() as seen:
         carry = s.run(tokens(2), carry, UNBROKEN).carry
@@ -69,25 +70,39 @@ def test_compiles_once(name: str) -> None:
 def test_lowers_without_a_device(name: str, platform: str) -> None:
     """Forward and backward lower for accelerators on a CPU host."""
     s = subject(name)
-    traced = s.trace(tokens(0), s.fresh(), MIXED)
+    traced = s.trace(tokens(0), s.fresh, MIXED)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.dot_general" in text
 
 
+def mesh() -> Mesh:
+    return jax.make_mesh((8,), (TIME,), axis_types=(AxisType.Auto,))
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_sharded_over_time(name: str) -> None:
-    """Eight devices with two tokens each equal one device: outputs, the state after all of them, gradients."""
+    """Eight devices with two tokens each equal one device: outputs, and the state after all of them on every device."""
     s, x = subject(name), tokens(0)
-    mesh = jax.make_mesh((8,), (TIME,), axis_types=(AxisType.Auto,))
-    alone, sharded = s.run(x, s.warm, MIXED), s.run(x, s.warm, MIXED, mesh=mesh)
-    assert_valid_close(sharded.y, alone.y, MIXED.valid)
-    assert_close((sharded.probe, sharded.carry), (alone.probe, alone.carry), FLOAT32)
+    y, carry = jax.jit(functools.partial(s._forward, mesh=mesh()))(s.params, x, s.warm, MIXED)
+    alone = s.run(x, s.warm, MIXED)
+    assert_valid_close(y, alone.y, MIXED.valid)
+    assert_close(carry, alone.carry, FLOAT32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_sharded_over_time(name: str, check_vma: bool) -> None:
+    """The gradients to parameters, tokens and the initial state, with and without varying axes in the types."""
+    s, x = subject(name), tokens(0)
+    alone = s.run(x, s.warm, MIXED)
+    sharded = s.run(x, s.warm, MIXED, mesh=mesh(), check_vma=check_vma)
+    assert_close(sharded.after, alone.after, FLOAT32)
     assert_close(sharded.gradients, alone.gradients, FLOAT32_GRADIENT)
 
 
 @pytest.mark.parametrize("name", sorted(ATTENTION))
 def test_attention_sharded_over_time_says_what_to_do(name: str) -> None:
-    mesh = jax.make_mesh((8,), (TIME,), axis_types=(AxisType.Auto,))
     s = subject(name)
     with pytest.raises(NotImplementedError, match="shard the batch"):
-        s.run(tokens(0), s.warm, MIXED, mesh=mesh)
+        s.run(tokens(0), s.warm, MIXED, mesh=mesh())
