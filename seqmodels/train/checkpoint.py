@@ -20,18 +20,24 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of one run under `folder`, each written aside and then renamed (orbax)."""
+    """The last `keep` checkpoints of one run under `folder`, each written aside and then renamed (orbax).
 
-    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+    `writing=False` only looks: another process may be training there.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, writing: bool = True) -> None:
         import orbax.checkpoint as ocp  # a second to import: only runs that save pay for it
 
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = Path(folder).absolute()
-        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a save that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._ocp = ocp
+        if writing:
+            for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a save that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._ocp, self._writing = ocp, writing
         # not async: a save takes some 50 ms at the sizes this trains, and one that has returned is on disk
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep if writing else None, enable_async_checkpointing=False, create=writing, read_only=not writing
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
 
     def save(self, step: int, state: Any, data: Any) -> None:
@@ -57,11 +63,11 @@ class Checkpoints:
             except Exception as error:  # whatever orbax and its storage raise on damaged files
                 problems[step] = next(iter(str(error).strip().splitlines()), repr(error))
                 continue
-            for damaged in problems:
+            for damaged in problems if self._writing else ():
                 target = self.folder / f"{damaged}.unreadable"
                 shutil.rmtree(target, ignore_errors=True)
                 (self.folder / str(damaged)).rename(target)
-            if problems:
+            if problems and self._writing:
                 self._manager.reload()
             return found
         if problems:
@@ -81,3 +87,22 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def load_params(workdir: str | Path, template: Any) -> tuple[Any, int]:
+    """The parameters of a run's latest complete checkpoint, and its step.
+
+    `template`: a train state of the run's structure, shapes suffice. Raises FileNotFoundError where there is none.
+    """
+    folder = Path(workdir) / "checkpoints"
+    missing = FileNotFoundError(f"{workdir} has no checkpoint yet: train it first, or let it reach its first checkpoint")
+    if not folder.is_dir():
+        raise missing
+    checkpoints = Checkpoints(folder, writing=False)
+    try:
+        found = checkpoints.restore(template)
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise missing
+    return found.state["params"], found.step
