@@ -35,6 +35,9 @@ _LEFT_OUT = frozenset(
 _LOCAL = re.compile(r"config-.*|_sysconfigdata.*|_sysconfig_vars.*|sitecustomize\.py|usercustomize\.py")
 # Some topics of the reference quote whole sections of others; a held-out document shares no passage of this length.
 _PASSAGE = 200
+# Sources are cut into documents of at least this many bytes: what a small model sees of one at a time.
+_DEFINITION = 1000
+_TOP_LEVEL = re.compile(rb"\n\n(?=[^\s#)\]}])")
 
 
 def documents(source: str | Path = "cpython", split: Split = "train") -> list[Document]:
@@ -108,10 +111,28 @@ def _cpython_sides() -> tuple[tuple[Document, ...], frozenset[str]]:
     return found, heldout_names(found)
 
 
+def definitions(document: Document, least: int = _DEFINITION) -> list[Document]:
+    """A library source cut at top level, after blank lines, into pieces of at least `least` bytes: `NAME:LINE`.
+
+    In order, and together the whole source; the last piece may be shorter.
+    """
+    cuts, line = {0: 1}, 1
+    begin = 0
+    for match in _TOP_LEVEL.finditer(document.bytes):
+        line += document.bytes.count(b"\n", begin, match.end())
+        begin = match.end()
+        if begin - max(cuts) >= least:
+            cuts[begin] = line
+    ends = [*list(cuts)[1:], len(document.bytes)]
+    return [Document(f"{document.name}:{cuts[i]}", document.bytes[i:j]) for i, j in zip(cuts, ends, strict=True)]
+
+
 def _cpython(split: Split) -> list[Document]:
+    """Files go to one side whole; a document is a topic of the reference, or definitions of a library source."""
     require_two_sides(split)
     found, heldout = _cpython_sides()
-    return [document for document in found if (document.name in heldout) == (split == "heldout")]
+    side = [document for document in found if (document.name in heldout) == (split == "heldout")]
+    return [d for file in side for d in (definitions(file) if file.name.startswith("library/") else [file])]
 
 
 def _folder(name: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from seqmodels.data import Document, counts, documents
-from seqmodels.data.corpora import VARIABLE, cpython_documents, heldout_names
+from seqmodels.data.corpora import VARIABLE, cpython_documents, definitions, heldout_names
 from seqmodels.data.text import name_hash
 
 PASSAGE = 200
@@ -23,15 +23,34 @@ def cpython() -> dict:
 
 def test_cpython_is_split_completely_and_of_both_kinds(cpython: dict) -> None:
     train, heldout = cpython["train"], cpython["heldout"]
-    assert sorted(train + heldout) == cpython_documents()
+    whole = {document.name: document.bytes for document in cpython_documents()}
+    files = [{document.name.split(":")[0] for document in side} for side in (train, heldout)]
+    assert not files[0] & files[1], "a file's pieces stand on one side"
+    joined: dict[str, bytes] = {}
+    for document in train + heldout:
+        file = document.name.split(":")[0]
+        joined[file] = joined.get(file, b"") + document.bytes
+    assert joined == whole
     assert len({document.name for document in train + heldout}) == len(train) + len(heldout)
     for side in (train, heldout):
         assert {document.name.split("/")[0] for document in side} == {"library", "reference"}
-        assert [document.name for document in side] == sorted(document.name for document in side)
     assert 0.02 < len(heldout) / len(train + heldout) < 0.08
     assert counts(train).bytes > 5_000_000
     assert counts(heldout).bytes > 100_000
     assert documents("cpython", "heldout") == heldout
+
+
+def test_sources_are_cut_at_top_level_and_lose_nothing() -> None:
+    text = b"import os\n\n\ndef f():\n    a\n\n    b\n\n\nclass C:\n    c\n\nd = 1\n"
+    pieces = definitions(Document("library/m.py", text), least=10)
+    assert [(p.name, p.bytes[:5]) for p in pieces] == [
+        ("library/m.py:1", b"impor"),
+        ("library/m.py:4", b"def f"),
+        ("library/m.py:10", b"class"),
+        ("library/m.py:13", b"d = 1"),
+    ]
+    assert b"".join(p.bytes for p in pieces) == text
+    assert definitions(Document("library/m.py", text), least=1000) == [Document("library/m.py:1", text)]
 
 
 def test_no_heldout_passage_was_trained_on(cpython: dict) -> None:
@@ -56,10 +75,11 @@ def test_a_document_that_repeats_a_passage_is_never_held_out() -> None:
 
 def test_cpython_leaves_out_tests_other_packages_and_the_reference_as_code(cpython: dict) -> None:
     names = [document.name for document in cpython["train"] + cpython["heldout"]]
+    files = [name.split(":")[0] for name in names]
     for part in ("test", "site-packages", "idlelib", "pydoc_data", "encodings", "__pycache__"):
-        assert not any(part in name.split("/") for name in names)
-    assert not any("_sysconfigdata" in name or "sitecustomize" in name for name in names)
-    assert {"library/json/decoder.py", "library/pickle.py", "reference/if"} <= set(names)
+        assert not any(part in file.split("/") for file in files)
+    assert not any("_sysconfigdata" in name or "sitecustomize" in name for name in files)
+    assert {"library/json/decoder.py:1", "library/pickle.py:1", "reference/if"} <= set(names)
 
 
 def test_an_unknown_source_or_split_is_answered_with_the_known_ones() -> None:
