@@ -66,7 +66,7 @@ def make_step(
 
         (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state["params"])
         updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
-        metrics = {**metrics, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
         if learning_rate is not None:
             metrics["learning_rate"] = learning_rate(state["step"])
         arrays = optax.apply_updates(state["params"], updates)
