@@ -1,0 +1,59 @@
+"""Causal attention in float64 numpy, one query and one head at a time, with rotations as complex numbers.
+
+arXiv 1706.03762 (attention), 2104.09864 (RoPE), 2108.12409 (ALiBi), 2305.13245 (GQA). Independent of the library.
+`parameters` is the nested dict of arrays of one mixer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def rotate(x: np.ndarray, position: int, *, base: float, fraction: float) -> np.ndarray:
+    """One head's vector with the first `fraction` of its channels turned; channel i pairs with i + n/2."""
+    size = int(len(x) * fraction)
+    half = size // 2
+    pairs = x[:half] + 1j * x[half:size]
+    pairs = pairs * np.exp(1j * position * base ** (-2.0 * np.arange(half) / size))
+    return np.concatenate([pairs.real, pairs.imag, x[size:]])
+
+
+def attention(
+    x: np.ndarray,
+    parameters: dict[str, Any],
+    starts: set[int],
+    *,
+    heads: int,
+    kv_heads: int,
+    window: int | None = None,
+    rope: tuple[float, float] | None = None,
+    slopes: list[float] | None = None,
+    cap: float | None = None,
+) -> np.ndarray:
+    """y [T, D] of one row of documents that begin at the positions `starts`; `rope` is (base, fraction)."""
+    length = x.shape[0]
+    split = lambda name, count: (x @ parameters[name]["kernel"]).reshape(length, count, -1)
+    q, k, v = split("query", heads), split("key", kv_heads), split("value", kv_heads)
+    y = []
+    for t in range(length):
+        first = max(start for start in starts if start <= t)
+        oldest = first if window is None else max(first, t - window + 1)
+        mixed = []
+        for head in range(heads):
+            group = head * kv_heads // heads
+            scores = []
+            for s in range(oldest, t + 1):
+                query, key = q[t, head], k[s, group]
+                if rope is not None:
+                    query, key = (
+                        rotate(a, p - first, base=rope[0], fraction=rope[1]) for a, p in ((query, t), (key, s))
+                    )
+                score = query @ key / np.sqrt(len(query))
+                score = score if cap is None else cap * np.tanh(score / cap)
+                scores.append(score - (0.0 if slopes is None else slopes[head] * (t - s)))
+            weights = np.exp(np.array(scores) - max(scores))
+            mixed.append(weights @ v[oldest : t + 1, group] / weights.sum())
+        y.append(np.concatenate(mixed) @ parameters["out"]["kernel"])
+    return np.stack(y)
