@@ -37,8 +37,8 @@ every_recurrence = pytest.mark.parametrize("name", RECURRENT)
 
 # Central differences in float64 of a loss of order one: step^2 of truncation, 2^-52 / step of rounding.
 STEP, DIFFERENCES = 1e-5, 1e-6
-# A gate at +-100 standard deviations turns one rounding of its argument (2^-24 * 300) into an error of that size.
-EXTREME = 1e-3
+# Gates take arguments in the hundreds here, whose rounding (2^-24 of them) becomes a relative error of their values.
+EXTREME = 1e-4
 # bfloat16 keeps 8 bits: products of two roundings, summed with random signs, stay near 2^-8 of the outputs' size.
 # Softmax and gates amplify a few entries more, so 99 % of the entries have to be this close and none may be far off.
 BFLOAT16_99, BFLOAT16_MAX = 2**-5, 2**-3
@@ -99,9 +99,14 @@ def test_a_wrong_gradient_is_caught() -> None:
 
 
 @every_recurrence
-def test_extreme_gates(name: str) -> None:
-    """Gates driven to their ends by inputs a hundred times larger: finite, and what float64 says."""
-    s, x = subject(name), 100 * tokens(0)
+@pytest.mark.parametrize("scale", [1e2, 1e3])
+def test_extreme_gates(name: str, scale: float) -> None:
+    """Gates driven to their ends by large inputs: finite, and what float64 says.
+
+    At 1e3 sigmoids underflow to zero. Gradients are compared at 1e2 only: beyond, a norm after the recurrence cancels
+    nearly all of a gradient along its own output, and float32 keeps no digit of the rest.
+    """
+    s, x = subject(name), np.float32(scale) * tokens(0)
     single = s.run(x, s.warm, MIXED)
     chex.assert_tree_all_finite(jax.tree.map(np.asarray, (single.gradients, single.after)))
     with jax.enable_x64(True):
@@ -109,7 +114,8 @@ def test_extreme_gates(name: str) -> None:
         exact = jax.tree.map(np.asarray, s.run(x, warm, MIXED, arrays=arrays, weights=weights))
     assert_valid_close(single.y, exact.y, MIXED.valid, EXTREME)
     assert_close(single.after, exact.after, EXTREME)
-    assert_close(single.gradients, exact.gradients, EXTREME)
+    if scale == 1e2:
+        assert_close(single.gradients, exact.gradients, EXTREME)
 
 
 @every_mixer
