@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # Beyond this many queries the scores are computed in blocks and recomputed in the backward pass.
-QUERY_BLOCK = 1024
+QUERY_BLOCK = 512
 # A window narrower than this is still computed in blocks of this length: smaller matrix products would not pay.
 WINDOW_BLOCK = 256
 

@@ -95,7 +95,9 @@ class Period(nnx.Module):
         shared, after, reports = dict(context.shared), [], []
         for index, (step, offset) in enumerate(zip(self.steps, self.layers, strict=True)):
             layer = first + offset
-            key = None if context.key is None else jax.random.fold_in(context.key, layer * len(self.steps) + index)
+            key = context.key
+            if key is not None:  # a Block has two steps of the same number
+                key = jax.random.fold_in(jax.random.fold_in(key, layer), index)
             inner = context.replace(shared={**shared, LAYER: layer}, key=key)
             x, state, aux, inner = step(x, None if states is None else states[index], inner)
             shared = {name: value for name, value in inner.shared.items() if name != LAYER}

@@ -78,7 +78,7 @@ class Reporter(nnx.Module):
         return ()
 
     def __call__(self, x: Any, state: Any, context: Context) -> tuple[Any, Any, dict[str, Any]]:
-        aux = {"number": self.number[...]}
+        aux = {"number": self.number[...], "running": context.shared[LAYER].astype(jnp.float32)}
         return jnp.zeros_like(x), (), aux | ({"extra": jnp.float32(2.0)} if self.extra else {})
 
 
@@ -90,9 +90,22 @@ class Noise(ChannelConfig):
         return Noisy(layer, False, rngs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Hiss(MixerConfig):
+    """A unit normal, from a mixer."""
+
+    def make(self, width: int, *, layer: int, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+        return Hissing(layer, False, rngs)
+
+
 class Noisy(Reporter):
     def __call__(self, x: Any, state: Any, context: Context) -> tuple[Any, Any, dict[str, Any]]:
         return jax.random.normal(context.key, x.shape), (), {}
+
+
+class Hissing(Reporter):
+    def __call__(self, x: Any, state: Any, context: Context) -> tuple[Any, Any]:
+        return jax.random.normal(context.key, x.shape), ()
 
 
 R, P = RunningSum(), RunningSum(publishing=True)
@@ -147,12 +160,17 @@ def test_order_and_numbers_of_layers() -> None:
     assert numbers == [[0, 3], [2, 5], [6, 7, 8]]
     _, _, aux = stack(tokens(), None, Context.whole(2, 5))
     np.testing.assert_allclose(aux["number"], np.mean([0, 2, 3, 5, 6, 7, 8]), rtol=1e-6)
+    np.testing.assert_allclose(aux["running"], aux["number"], rtol=1e-6)
 
 
 def test_auxiliary_scalars_are_means_over_the_layers_that_report_them() -> None:
     layers = (((R, Reporting()), 3), ((R, Reporting(extra=True)), 1))
     aux = Stack(WIDTH, layers, rngs=nnx.Rngs(0))(tokens(), None, Context.whole(2, 5))[2]
-    assert {name: float(value) for name, value in aux.items()} == {"number": 4.0, "extra": 2.0}
+    assert {name: float(value) for name, value in aux.items()} == {
+        "number": 4.0,
+        "running": 4.0,
+        "extra": 2.0,
+    }
 
 
 def test_states_continue_and_fresh_ones_have_their_structure() -> None:
@@ -192,11 +210,12 @@ def test_the_program_does_not_grow_with_repeats() -> None:
 
 
 def test_every_layer_has_a_key_of_its_own() -> None:
-    stack = Stack(WIDTH, (((Noise(), Noise()), 2),), rngs=nnx.Rngs(0))
+    layers = (((Block(Hiss(), Noise()), Noise()), 2), ((Noise(),), 3))
+    stack = Stack(WIDTH, layers, rngs=nnx.Rngs(0))
     silence = jnp.zeros((512, 5, WIDTH))
     draw = lambda seed: stack(silence, None, Context.whole(512, 5).replace(key=jax.random.key(seed)))[0]
-    # Four independent unit normals; with a key in common two of them would add up to 2, all four to 4.
-    np.testing.assert_allclose(np.std(draw(0)), 2.0, rtol=0.05)
+    # Nine independent unit normals; one key in common would make it the root of eleven, a tenth more.
+    np.testing.assert_allclose(np.std(draw(0)), 3.0, rtol=0.04)
     chex.assert_trees_all_equal(draw(0), draw(0))
     assert not np.allclose(draw(0), draw(1))
 
