@@ -133,5 +133,3 @@ def stack(modules: Sequence[nnx.Module]) -> Any:
 def count(module: nnx.Module) -> int:
     """Number of parameters."""
     return sum(variable[...].size for _, variable in _variables(module))
-
-

@@ -106,7 +106,9 @@ def settle_element(recurrence: Recurrence, element: Tree) -> Tree:
     if jax.tree.structure(both) != jax.tree.structure(element) or any(
         a.shape != b.shape for a, b in zip(*map(jax.tree.leaves, (both, element)), strict=True)
     ):
-        raise ValueError(f"combine turns elements {shapes(element)} into {shapes(both)}: structure and shapes must stay")
+        raise ValueError(
+            f"combine turns elements {shapes(element)} into {shapes(both)}: structure and shapes must stay"
+        )
     return jax.tree.map(lambda x, b: lax.convert_element_type(x, jnp.promote_types(x.dtype, b.dtype)), element, both)
 
 
