@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,9 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """For the run folder: enough to build the experiment again, and all of it resolved."""
-        settings = {field.name: as_json(getattr(self.experiment, field.name)) for field in dataclasses.fields(Experiment)}
+        settings = {
+            field.name: as_json(getattr(self.experiment, field.name)) for field in dataclasses.fields(Experiment)
+        }
         return {"preset": self.preset, "overrides": list(self.overrides), "settings": settings}
 
 
@@ -71,7 +74,9 @@ def about(preset: Callable[[], Experiment]) -> str:
 def usage() -> str:
     width = max(map(len, PRESETS))
     lines = [f"  {name:<{width}}  {about(preset)}" for name, preset in PRESETS.items()]
-    return "\n".join([f"usage: {TRAIN} PRESET [FLAGS]      ({TRAIN} PRESET --help lists the flags)", "", "presets:", *lines])
+    return "\n".join(
+        [f"usage: {TRAIN} PRESET [FLAGS]      ({TRAIN} PRESET --help lists the flags)", "", "presets:", *lines]
+    )
 
 
 def parse_train(arguments: Sequence[str]) -> tuple[Run, Path]:
@@ -123,7 +128,9 @@ def load_run(folder: str | Path) -> Run:
     """
     record = read_record(folder)
     if record is None:
-        raise FileNotFoundError(f"{folder} holds no run (no config.json): train one with {TRAIN} PRESET --workdir {folder}")
+        raise FileNotFoundError(
+            f"{folder} holds no run (no config.json): train one with {TRAIN} PRESET --workdir {folder}"
+        )
     if "preset" not in record:
         raise ValueError(f"{folder} holds a run that was not started by {TRAIN}")
     run, _ = parse_train([record["preset"], *record["overrides"]])
@@ -138,6 +145,7 @@ def load_run(folder: str | Path) -> Run:
 
 def guarded(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(arguments)`; errors that a user can act on become one line and a status, signals their own."""
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # while training, the loop saves first
     try:
         main(sys.argv[1:])
     except Interrupted as stopped:

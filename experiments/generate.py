@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     run = load_run(options.run_dir)
 
     import jax
+    from flax import nnx
 
     from experiments.train import build_model
     from seqmodels import params
@@ -49,10 +50,10 @@ def main(arguments: Sequence[str]) -> None:
     from seqmodels.train.optimizer import make_optimizer
     from seqmodels.train.step import init_state
 
-    model = build_model(run.experiment)
+    model = nnx.eval_shape(lambda: build_model(run.experiment))  # shapes will do: the values are in the checkpoint
     definition, arrays = params.split(model)
     optimizer = make_optimizer(run.experiment.train, params.labels(model))
-    template = jax.eval_shape(lambda: init_state(arrays, optimizer, 0))
+    template = jax.eval_shape(lambda arrays: init_state(arrays, optimizer, 0), arrays)
     arrays, step = load_params(options.run_dir, template)
     print(f"{options.run_dir}, step {step}", file=sys.stderr)
 

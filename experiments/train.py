@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def heldout_part(documents: Sequence[Document], config: DataConfig) -> list[Document]:
-    """Whole documents in the order of a hash of their names, as many as fit into `config.heldout_bytes`; at least one."""
+    """Whole documents in the order of their names' hashes, as many as fit into `config.heldout_bytes`; at least one."""
     from seqmodels.data.text import name_hash
 
     if config.heldout_bytes is None:
@@ -59,9 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     print("compiling the training step", flush=True)
 
     loader = make_loader(training, batch_size=config.batch_size, length=config.length, seed=config.seed)
-    evaluate = make_evaluator(
-        params.split(model)[0], heldout, batch_size=config.batch_size, length=config.length
-    )
+    evaluate = make_evaluator(params.split(model)[0], heldout, batch_size=config.batch_size, length=config.length)
     result = train(model, loader, config, workdir=workdir, record=run.record, evaluate=evaluate)
 
     scores = {"model": evaluate(result.arrays)["bits_per_byte"], **baselines(training, heldout)}

@@ -1,8 +1,7 @@
-"""Sampling from a language model: one parallel prefill, then steps of constant cost.
+"""Text from a language model: one parallel prefill, then steps of constant cost.
 
-    result = generate(model, [[1, 2, 3]], 20, key=jax.random.key(0), temperature=0.8)
-    more = generate(model, [[4, 5]], 20, key=key, state=result.state)  # goes on; `result.state` stays usable
-    for tokens in stream(model, [[1, 2, 3]], 20, key=key): ...         # as they come
+`generate(model, prompts, steps, key=key)` returns the tokens and the state after them, which a later call can go on
+from; `stream(...)` yields them as they come.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from seqmodels import params
+from seqmodels.sampling import Sampling, check_settings, draw
 from seqmodels.typing import Segments
 
 SMALLEST_BUCKET = 16  # prompts are padded to powers of two from here on, so that few shapes are compiled
@@ -36,38 +36,9 @@ class Generation(NamedTuple):
     state: GenerationState
 
 
-class Sampling(NamedTuple):
-    """Traced settings, so that changing them recompiles nothing."""
-
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-
-
-def restrict(
-    logits: Float[Array, "B V"], *, top_k: int | Int[Array, ""], top_p: float | Float[Array, ""]
-) -> Float[Array, "B V"]:
-    """Logits with -inf outside the `top_k` likeliest tokens and, of those, outside the nucleus of mass `top_p`.
-
-    The nucleus is the smallest set of likeliest tokens whose probabilities, renormalised over the top k, reach `top_p`
-    (Holtzman et al., 1904.09751). Equal logits rank by token id; the likeliest token always stays.
-    """
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    rank = jnp.arange(logits.shape[-1])[None]
-    ranked = jnp.where(rank < top_k, ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # from top_p = 1 on nothing is cut, whatever the rounding of the sum
-    keep = (before < top_p) | (jnp.asarray(top_p) >= 1.0) | (rank == 0)
-    ranked = jnp.where(keep, ranked, -jnp.inf)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.zeros_like(logits).at[rows, order].set(ranked)
-
-
 class _Programs(NamedTuple):
     prefill: Callable[..., GenerationState]
-    advance: Callable[..., tuple[Array, GenerationState]]
+    advance: Callable[..., tuple[Array, Array, GenerationState]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,14 +64,10 @@ def _programs(definition: params.Definition) -> _Programs:
         sampling: Sampling, stop: Int[Array, ""], greedy: bool, restricted: bool, stops: bool,
     ) -> tuple[Array, Array, GenerationState]:  # fmt: skip
         model = params.merge(definition, arrays)
-        logits = state.logits
         if greedy:
-            token = jnp.argmax(logits, axis=-1)
+            token = jnp.argmax(state.logits, axis=-1)
         else:
-            logits = logits / sampling.temperature
-            if restricted:
-                logits = restrict(logits, top_k=sampling.top_k, top_p=sampling.top_p)
-            token = jax.random.categorical(jax.random.fold_in(key, count), logits, axis=-1)
+            token = draw(jax.random.fold_in(key, count), state.logits, sampling, restricted=restricted)
         token = token.astype(jnp.int32)
         if not stops:
             read, after = model(token[:, None], state.model)
@@ -120,11 +87,13 @@ def capacity_of(model: Any, state: Any) -> int | None:
     batch = jax.tree.leaves(state)[0].shape[0]  # only shapes are looked at, so any leaf's first axis serves
     # the axes of caches are those that follow the capacity which init_state is asked for
     asked = ((1 << 20) + 3, (1 << 21) + 5)
-    shapes = [jax.tree.leaves(jax.eval_shape(lambda: model.init_state(batch, size))) for size in asked]  # noqa: B023
+    small, large = (
+        jax.tree.leaves(jax.eval_shape(functools.partial(model.init_state, batch, capacity=size))) for size in asked
+    )
     found = [
         held
-        for leaf, *like in zip(jax.tree.leaves(state), *shapes, strict=True)
-        for held, *sizes in zip(leaf.shape, *(each.shape for each in like), strict=True)
+        for leaf, one, two in zip(jax.tree.leaves(state), small, large, strict=True)
+        for held, *sizes in zip(leaf.shape, one.shape, two.shape, strict=True)
         if tuple(sizes) == asked
     ]
     return min(found, default=None)
@@ -152,13 +121,17 @@ class Stream(Iterator[np.ndarray]):
         capacity: int | None = None,
     ) -> None:
         tokens, lengths = _as_rows(prompt, valid)
-        _check_settings(steps, temperature, top_k, top_p, key)
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; it has to be at least 1")
+        check_settings(temperature, top_k, top_p, key)
         definition, self._arrays = params.split(model)
         self._programs = _programs(definition)
         self._state = self._prefill(model, tokens, lengths, steps, state, capacity)
         vocabulary = self._state.logits.shape[-1]
         if tokens.min() < 0 or tokens.max() >= vocabulary:
-            raise ValueError(f"prompt tokens lie in [{tokens.min()}, {tokens.max()}], the vocabulary in [0, {vocabulary})")
+            raise ValueError(
+                f"prompt tokens lie in [{tokens.min()}, {tokens.max()}], the vocabulary in [0, {vocabulary})"
+            )
         greedy = temperature == 0
         self._key = jax.random.key(0) if key is None else key
         self._settings = Sampling(
@@ -249,10 +222,10 @@ def generate(model: Any, prompt: Any, steps: int, **settings: Any) -> Generation
     `prompt` is a list of token lists (which may differ in length), or an array `[B, T]`, right-padded where `valid` is
     False. It is taken in by one parallel call; every further token costs one step of the model whatever came before.
 
-    Settings: `key` for sampling; `temperature` (0: the likeliest token); `top_k`, `top_p` (see `restrict`; the
-    temperature is applied first); `stop`, a token that ends a row and is kept as its last; `state` of an earlier call
-    to go on from (the prompt's rows may then be empty); `capacity`, how many tokens the caches of full attention are to
-    hold, those of later calls included (default: enough for this call).
+    Settings: `key` for sampling; `temperature` (0: the likeliest token); `top_k`, `top_p` (see `sampling.restrict`;
+    the temperature is applied first); `stop`, a token that ends a row and is kept as its last; `state` of an earlier
+    call to go on from (the prompt's rows may then be empty); `capacity`, how many tokens the caches of full attention
+    are to hold, those of later calls included (default: enough for this call).
 
     Raises ValueError where prompt and steps exceed that capacity, with both numbers.
     """
@@ -281,7 +254,9 @@ def _as_rows(prompt: Any, valid: Any) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"valid is {list(mask.shape)}, the prompt {list(tokens.shape)}; they have to agree")
         lengths = mask.sum(axis=1)
         if not np.array_equal(mask, np.arange(tokens.shape[1]) < lengths[:, None]):
-            raise ValueError("a prompt is padded on the right: valid has to be True up to each row's length, then False")
+            raise ValueError(
+                "a prompt is padded on the right: valid has to be True up to each row's length, then False"
+            )
         tokens = np.where(mask, tokens, 0)
     else:
         rows = [np.asarray(row, np.int64) for row in prompt]
@@ -292,16 +267,3 @@ def _as_rows(prompt: Any, valid: Any) -> tuple[np.ndarray, np.ndarray]:
         for row, length, values in zip(tokens, lengths, rows, strict=True):
             row[:length] = values
     return tokens.astype(np.int32), lengths.astype(np.int32)
-
-
-def _check_settings(steps: int, temperature: float, top_k: int | None, top_p: float | None, key: Any) -> None:
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it has to be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it has to be 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it has to be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it has to be in (0, 1]")
-    if key is None and temperature > 0:
-        raise ValueError("sampling needs a key, such as key=jax.random.key(0); temperature=0 does without")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from seqmodels import params
-from seqmodels.generate import _programs, capacity_of, generate, restrict, stream
+from seqmodels.generate import _programs, capacity_of, generate, stream
+from seqmodels.sampling import restrict
 from tests.train.tiny import FULL, LOCAL, RECURRENT, tiny_model
 
 KEY = jax.random.key(0)
@@ -79,7 +80,9 @@ def test_a_row_that_said_stop_stays_there(model, greedy):
         np.testing.assert_array_equal(found[:said], row[:said])
         assert (found[said:] == stop).all()
         assert position == len(prompt) + said
-    np.testing.assert_array_equal(np.stack(list(stream(model, PROMPTS, STEPS, temperature=0, stop=stop)), 1), result.tokens)
+    np.testing.assert_array_equal(
+        np.stack(list(stream(model, PROMPTS, STEPS, temperature=0, stop=stop)), 1), result.tokens
+    )
     alone = generate(model, PROMPTS[:1], STEPS, temperature=0, stop=stop)
     assert alone.tokens.shape == (1, greedy[0].tolist().index(stop) + 1)
 

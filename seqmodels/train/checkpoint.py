@@ -36,7 +36,10 @@ class Checkpoints:
         self._ocp, self._writing = ocp, writing
         # not async: a save takes some 50 ms at the sizes this trains, and one that has returned is on disk
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep if writing else None, enable_async_checkpointing=False, create=writing, read_only=not writing
+            max_to_keep=keep if writing else None,
+            enable_async_checkpointing=False,
+            create=writing,
+            read_only=not writing,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
 
@@ -95,7 +98,9 @@ def load_params(workdir: str | Path, template: Any) -> tuple[Any, int]:
     `template`: a train state of the run's structure, shapes suffice. Raises FileNotFoundError where there is none.
     """
     folder = Path(workdir) / "checkpoints"
-    missing = FileNotFoundError(f"{workdir} has no checkpoint yet: train it first, or let it reach its first checkpoint")
+    missing = FileNotFoundError(
+        f"{workdir} has no checkpoint yet: train it first, or let it reach its first checkpoint"
+    )
     if not folder.is_dir():
         raise missing
     checkpoints = Checkpoints(folder, writing=False)

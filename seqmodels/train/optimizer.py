@@ -17,14 +17,13 @@ DECAYED = (Group.MATRIX, Group.EMBEDDING)
 def schedule(config: TrainConfig) -> optax.Schedule:
     """Learning rate of the update with number `count` (from 0): linear warmup, then a cosine down to its floor."""
     warmup = min(config.warmup, config.steps - 1)
-    floor = config.learning_rate * config.final_fraction
     cosine = optax.cosine_decay_schedule(
         config.learning_rate, max(config.steps - warmup, 1), alpha=config.final_fraction
     )
     if warmup == 0:
         return cosine
     # starts at 1 / (warmup + 1) of the peak: a first step of rate 0 would be wasted
-    ramp = optax.linear_schedule(max(config.learning_rate / (warmup + 1), min(floor, 0.0)), config.learning_rate, warmup)
+    ramp = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
     return optax.join_schedules([ramp, cosine], [warmup])
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from experiments.command import guarded
 from seqmodels.train import train
 from tests.train.tiny import loader, tiny_config, tiny_model

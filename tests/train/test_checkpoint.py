@@ -79,6 +79,6 @@ def test_a_damaged_one_is_set_aside_for_the_one_before(tmp_path, damage):
 def test_when_none_fits_the_error_says_so_and_all_stay(tmp_path):
     saved(tmp_path, 1, 2)
     other = {**some_state(0), "params": {"layer": {"kernel": np.zeros((4, 4), np.float32)}}}
-    with pytest.raises(ValueError, match="no checkpoint in .* fits this model"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* fits this model"):
         Checkpoints(tmp_path).restore(other)
     assert Checkpoints(tmp_path).steps() == [2, 1]

@@ -98,7 +98,7 @@ def test_a_finished_run_is_not_trained_again_and_may_be_prolonged(tmp_path, whol
     more = train(tiny_model(), loader(), tiny_config(steps=STEPS + 2), workdir=tmp_path, quiet=True)
     assert losses(tmp_path)[:STEPS] == whole
     assert more.rows[-1]["step"] == STEPS + 2
-    with pytest.raises(RunMismatch, match="train.steps: 14 -> 12"):
+    with pytest.raises(RunMismatch, match=r"train.steps: 14 -> 12"):
         run(tmp_path)
 
 

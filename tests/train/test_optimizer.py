@@ -12,7 +12,14 @@ from seqmodels.train import TrainConfig, make_optimizer
 from seqmodels.train.optimizer import schedule
 
 CONFIG = TrainConfig(
-    steps=10, learning_rate=0.1, warmup=3, final_fraction=0.2, weight_decay=0.5, clip=1.0, betas=(0.8, 0.9), dynamics_rate=0.25
+    steps=10,
+    learning_rate=0.1,
+    warmup=3,
+    final_fraction=0.2,
+    weight_decay=0.5,
+    clip=1.0,
+    betas=(0.8, 0.9),
+    dynamics_rate=0.25,
 )
 DECAYED = {"matrix", "embedding"}
 # float32 against float64 over a few updates
