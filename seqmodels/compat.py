@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -30,3 +31,14 @@ def gather_along(x: jax.Array, axis_name: str) -> jax.Array:
     if axis_name not in axes:  # check_vma=False: types carry no axes
         return lax.all_gather(x, axis_name)
     return lax.all_gather(vary_over(x, axes), axis_name, to="invarying")
+
+
+def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two operands, accumulated and returned in at least float32 whatever their types.
+
+    Accelerators multiply bfloat16 operands as they are; XLA for CPU lacks such dots in some shapes, and widens first.
+    """
+    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    if jax.default_backend() == "cpu":
+        a, b = a.astype(wide), b.astype(wide)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=wide)

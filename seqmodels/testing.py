@@ -31,7 +31,7 @@ FLOAT32 = Tolerance(2e-4, 5e-6)
 def check_recurrence(
     recurrence: Recurrence, inputs: Tree, state: Tree | None = None, *, reference: tuple[Tree, Tree] | None = None
 ) -> None:
-    """Checks every law of a recurrence on inputs `[T, ...]`, T >= 4: AssertionError names the law that fails, and where.
+    """Checks every law of a recurrence on inputs `[T, ...]`, T >= 4; AssertionError names the law that fails.
 
     Associativity, identity, action; `update`, `neutral`, `fold` and `emit` where given (with resets at every kind of
     place); for a non-associative recurrence, that the static tree equals the counter. Catches errors of one part in a

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from seqmodels import compat
+
 # Beyond this many queries the scores are computed in blocks and recomputed in the backward pass.
 QUERY_BLOCK = 512
 # A window narrower than this is still computed in blocks of this length: smaller matrix products would not pay.
@@ -98,7 +100,7 @@ def _attend(queries: Queries, keys: Sequence[Keys], scoring: Scoring) -> Float[A
         # Unfilled slots may hold anything, NaN included: 0 * NaN is NaN, so masking the scores is not enough.
         key = jnp.where(filled, piece.key, 0).astype(query.dtype)
         values.append(jnp.where(filled, piece.value, 0).astype(query.dtype))
-        score = jnp.einsum("btgrk,bsgk->bgrts", query, key, preferred_element_type=wide) * size**-0.5
+        score = compat.wide_einsum("btgrk,bsgk->bgrts", query, key) * size**-0.5
         if logits_cap is not None:
             score = logits_cap * jnp.tanh(score / logits_cap)
         distance = queries.position[:, :, None] - piece.position[:, None, :]
@@ -114,7 +116,7 @@ def _attend(queries: Queries, keys: Sequence[Keys], scoring: Scoring) -> Float[A
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(jnp.sum(weight, axis=-1) for weight in weights)
     out = sum(
-        jnp.einsum("bgrts,bsgv->bgrtv", weight.astype(value.dtype), value, preferred_element_type=wide)
+        compat.wide_einsum("bgrts,bsgv->bgrtv", weight.astype(value.dtype), value)
         for weight, value in zip(weights, values, strict=True)
     )
     out = out / jnp.where(total == 0, 1, total)[..., None]

@@ -146,7 +146,10 @@ def _cached(state: AttentionState, *, ring: bool) -> Keys:
 
 
 def _stored(state: AttentionState, own: Keys, segments: Segments, total: Array, *, ring: bool) -> AttentionState:
-    """The state after a call: tokens of each row's last document in their slots, everything else dropped."""
+    """The state after a call: tokens of each row's last document in their slots, zeros in all others.
+
+    A start clears the row, so that equal documents leave equal states, whatever stood there before them.
+    """
     batch, slots = state.key.shape[:2]
     position = own.position
     keep = segments.valid & (own.document == own.document[:, -1:])
@@ -155,5 +158,9 @@ def _stored(state: AttentionState, own: Keys, segments: Segments, total: Array, 
         position = position % slots
     slot = jnp.where(keep, position, slots)
     row = jnp.arange(batch)[:, None]
-    write = lambda cache, new: cache.at[row, slot].set(new.astype(cache.dtype), mode="drop")
+    forgets = jnp.any(segments.start, axis=1)[:, None, None, None]
+
+    def write(cache: Array, new: Array) -> Array:
+        return jnp.where(forgets, 0, cache).at[row, slot].set(new.astype(cache.dtype), mode="drop")
+
     return AttentionState(write(state.key, own.key), write(state.value, own.value), total)

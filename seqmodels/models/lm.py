@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from seqmodels import compat
 from seqmodels.layers.carry import token_positions
 from seqmodels.layers.linear import Linear
 from seqmodels.layers.norms import RMSNorm
@@ -123,8 +124,7 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden vectors, from the embedding (tied) or a head of their own."""
         weight = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=wide)
+        logits = compat.wide_einsum("...d,dv->...v", hidden, weight.astype(hidden.dtype))
         cap = self.config.logits_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -37,7 +37,7 @@ def run_family(
         method = choose(matmul_form=True, length=length, family=family)
 
     def row(inputs: Any, state: Any, reset: Any, valid: Any) -> tuple[Any, Any]:
-        options = dict(reset=reset, valid=valid, method=method, chunk=chunk)
+        options = {"reset": reset, "valid": valid, "method": method, "chunk": chunk}
         if sequence_axis is not None:
             return sharded_scan(recurrence, inputs, state, axis_name=sequence_axis, **options)
         return scan(recurrence, inputs, state, **options)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from seqmodels import compat
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -44,7 +45,7 @@ def outer_recurrence(*, read_before: bool = False) -> Recurrence:
         segment = jnp.cumsum(reset.astype(jnp.int32))
         scores = jnp.where(segment[:, None] == segment[None], scores, 0)
         carried = (_f32(inputs.query) * jnp.exp(reach)) @ state
-        inside = jnp.matmul(scores.astype(inputs.value.dtype), inputs.value, preferred_element_type=state.dtype)
+        inside = compat.wide_einsum("ij,jv->iv", scores.astype(inputs.value.dtype), inputs.value)
         return inside + jnp.where(segment[:, None] == 0, carried, 0)
 
     return Recurrence(
@@ -88,7 +89,7 @@ def _fold(inputs: Outer, reset: Bool[Array, "C"]) -> OuterElement:
     kept = since_last_reset(reset)[:, None]
     log_decay = jnp.where(kept, _log_decays(inputs), 0)
     key = jnp.where(kept, _f32(inputs.key) * jnp.exp(after_each(log_decay)), 0)
-    memory = jnp.matmul(key.T.astype(inputs.value.dtype), inputs.value, preferred_element_type=key.dtype)
+    memory = compat.wide_einsum("ck,cv->kv", key.astype(inputs.value.dtype), inputs.value)
     return OuterElement(jnp.sum(log_decay, axis=0), memory)
 
 
@@ -123,7 +124,7 @@ def decayed_scores(
         else:
             late = (second(query) * jnp.exp(second(reach))).astype(query.dtype)
             early = (first(key) * jnp.exp(first(rest))).astype(key.dtype)
-            across = jnp.einsum("nik,njk->nij", late, early, preferred_element_type=scores.dtype)
+            across = compat.wide_einsum("nik,njk->nij", late, early)
             above = jnp.zeros_like(across)
         upper = jnp.concatenate([first(scores), above], axis=2)
         lower = jnp.concatenate([across, second(scores)], axis=2)
@@ -133,7 +134,7 @@ def decayed_scores(
         total = first(total) + second(total)
         query, key = (x.reshape(-1, 2 * x.shape[1], x.shape[2]) for x in (query, key))
     if scalar:
-        scores = jnp.matmul(query, key.swapaxes(1, 2), preferred_element_type=scores.dtype) * jnp.exp(scores)
+        scores = compat.wide_einsum("nik,njk->nij", query, key) * jnp.exp(scores)
     return scores[0, :length, :length]
 
 
@@ -154,8 +155,8 @@ def gated_linear_attention(
 
     `log_decay` [B, T, H] decays a head, [B, T, H, K] a key; None: no decay (linear attention). It must be <= 0, and may
     be -inf. With G groups, head h uses query and key h // (H / G). With `bonus` u (RWKV-6, 2404.05892) the output is
-    q_t^T (S_{t-1} + diag(u) k_t v_t^T) instead. Outputs have the type of `value`, states are at least float32. `segments` None: one document a row, which continues `state`.
-    Raises ValueError on shapes that do not fit.
+    q_t^T (S_{t-1} + diag(u) k_t v_t^T) instead. Outputs have the type of `value`, states are at least float32.
+    `segments` None: one document a row, which continues `state`. Raises ValueError on shapes that do not fit.
     """
     groups, heads = query.shape[2], value.shape[2]
     expected = (*value.shape[:3],)
@@ -166,6 +167,8 @@ def gated_linear_attention(
             f"query and key [B, T, G, K], value [B, T, H, V] with G dividing H, log_decay [B, T, H], [B, T, H, K] or "
             f"None; not {query.shape}, {key.shape}, {value.shape}, {getattr(log_decay, 'shape', None)}"
         )
+    if state is not None and state.shape != (value.shape[0], heads, key.shape[-1], value.shape[-1]):
+        raise ValueError(f"the state [B, H, K, V] of key {key.shape} and value {value.shape} is not {state.shape}")
     share = heads // groups
     split = lambda x: None if x is None else x.reshape(*x.shape[:2], groups, share, *x.shape[3:])
     inputs = Outer(query, key, split(value), split(log_decay))

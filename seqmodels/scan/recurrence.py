@@ -52,7 +52,7 @@ class Recurrence(NamedTuple):
     """`read` sees the state before its own step."""
     associative: bool = True
     """False: the parenthesisation is part of the model. Only `tree` and its streaming `step` run it; `read` gets
-    `(prefix, present)`: the aggregate of the steps before its own, and whether there is one."""
+    `(prefix, present)`: the aggregate of the steps before its own, the identity where there is none, and a flag."""
     update: Callable[[Tree, Tree], Tree] | None = None
     """`(inputs_t, state) -> state`: `act(elements(inputs_t), state)` without building the element."""
     neutral: Callable[[Tree], Tree] | None = None

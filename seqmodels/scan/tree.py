@@ -2,11 +2,12 @@
 
 The prefix of n items is the left fold of its complete aligned blocks, largest first: for n = 7 that is
 (((01)(23))(45))6. The static tree computes all prefixes of a sequence at once, for training; the counter holds
-O(log n) aggregates and adds one item at a time, for streaming. Both live here because being right means that they agree.
+O(log n) aggregates and adds one item at a time, for streaming. Both live here: being right means that they agree.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,14 +117,19 @@ def push(recurrence: Recurrence, counter: Counter, element: Tree) -> Counter:
     )
 
 
+def _or_identity(recurrence: Recurrence, element: Tree, value: Tree, present: jax.Array) -> tuple[Tree, jax.Array]:
+    return select(present, value, recurrence.identity(element)), present
+
+
 def count_step(
     recurrence: Recurrence, inputs_t: Tree, counter: Counter, reset: Any = None, valid: Any = None
 ) -> tuple[Tree, Counter]:
     """One streaming step: `(outputs_t, counter)`; a reset empties the counter, an invalid step leaves it."""
     if reset is not None:
         counter = counter._replace(count=jnp.where(reset, jnp.zeros_like(counter.count), counter.count))
-    outputs = recurrence.read(prefix(counter), inputs_t)
-    after = push(recurrence, counter, element_of(recurrence, inputs_t))
+    element = element_of(recurrence, inputs_t)
+    outputs = recurrence.read(_or_identity(recurrence, element, *prefix(counter)), inputs_t)
+    after = push(recurrence, counter, element)
     if valid is not None:
         after = select(valid, after, counter)
         outputs = select(valid, outputs, jax.tree.map(jnp.zeros_like, outputs))
@@ -221,5 +227,6 @@ def tree(
     levels, after = _tree(recurrence, elements, plan, valid)
     present = plan.position > 0
     prefixes = take(after, jnp.maximum(plan.slot - 1, 0))
-    outputs = jax.vmap(lambda p, b, x: recurrence.read((p, b), x))(prefixes, present, inputs)
+    seen = jax.vmap(functools.partial(_or_identity, recurrence))(elements, prefixes, present)
+    outputs = jax.vmap(recurrence.read)(seen, inputs)
     return zero_invalid(outputs, valid), _final_counter(levels, after, plan, valid)

@@ -1,0 +1,220 @@
+"""The families against float64 numpy loops of their equations: outputs, states, decays of any size, segments, types."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from seqmodels.operators import diagonal_scan, gated_linear_attention
+from seqmodels.typing import Segments
+
+# float32 rounding (6e-8) over 70 steps with sums of 8 products.
+ROUNDING = 5e-5
+# bfloat16 keeps 8 bits: two parts in a thousand for each rounding of an input or a score.
+BFLOAT16 = 3e-2
+B, T, G, H, K, V = 2, 70, 2, 4, 8, 6
+METHODS = ({"method": "sequential"}, {"method": "chunked", "chunk": 64}, {"method": "chunked", "chunk": 16})
+by_method = pytest.mark.parametrize("options", METHODS, ids=lambda m: "-".join(map(str, m.values())))
+
+
+def _segments() -> Segments:
+    """Documents of lengths 1 and more, one row that goes on from its state, and padding at the end of the other."""
+    start = np.zeros((B, T), bool)
+    start[0, [0, 20, 21, 50]] = True
+    start[1, 66] = True
+    return Segments(jnp.asarray(start), jnp.asarray(np.arange(T)[None] < np.array([[T], [68]])))
+
+
+def _linear_attention_loop(
+    query: Any, key: Any, value: Any, log_decay: Any, state: Any, bonus: Any = None, segments: Segments | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    query, key, value, state = (np.asarray(x, np.float64) for x in (query, key, value, state))
+    state, out = state.copy(), np.zeros(value.shape)
+    for b in range(value.shape[0]):
+        for t in range(value.shape[1]):
+            if segments is not None:
+                if segments.start[b, t]:
+                    state[b] = 0
+                if not segments.valid[b, t]:
+                    continue
+            for h in range(value.shape[2]):
+                g = h // (value.shape[2] // query.shape[2])
+                new = np.outer(key[b, t, g], value[b, t, h])
+                decay = 1.0 if log_decay is None else np.exp(np.asarray(log_decay[b, t, h], np.float64))
+                if bonus is not None:
+                    seen = state[b, h] + np.asarray(bonus[h], np.float64)[:, None] * new
+                    out[b, t, h] = query[b, t, g] @ seen
+                state[b, h] = np.reshape(decay, (-1, 1)) * state[b, h] + new
+                if bonus is None:
+                    out[b, t, h] = query[b, t, g] @ state[b, h]
+    return out, state
+
+
+def _qkv(seed: int = 0, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = ((B, T, G, K), (B, T, G, K), (B, T, H, V), (B, H, K, V))
+    return tuple(jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def _decays(kind: str) -> jax.Array | None:
+    noise = jax.random.normal(jax.random.key(9), (B, T, H, K))
+    per_key = {
+        "gentle": -jnp.exp(noise - 3),
+        "extreme": -jnp.exp(3 * noise),  # down to exp(-20000) beside exp(-1e-4) inside one chunk
+        "gone": jnp.where(noise > 0.5, -jnp.inf, -jnp.exp(noise)),
+    }
+    if kind == "none":
+        return None
+    name, _, scalar = kind.partition(" ")
+    return per_key[name][..., 0] if scalar else per_key[name]
+
+
+@by_method
+@pytest.mark.parametrize(
+    "kind", ["none", "gentle per head", "extreme per head", "gone per head", "gentle", "extreme", "gone"]
+)
+def test_linear_attention_equals_its_recurrence(kind: str, options: dict) -> None:
+    query, key, value, state = _qkv()
+    log_decay = _decays(kind)
+    segments = _segments()
+    poison = lambda x: jnp.where(segments.valid[..., None, None], x, jnp.nan)
+    run = jax.jit(functools.partial(gated_linear_attention, **options))
+    got = run(poison(query), poison(key), poison(value), log_decay, state, segments=segments)
+    expected = _linear_attention_loop(query, key, value, log_decay, state, segments=segments)
+    chex.assert_trees_all_close(got, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@by_method
+@pytest.mark.parametrize("kind", ["extreme per head", "extreme"])
+def test_the_bonus_is_for_the_own_step_and_the_rest_is_read_before_it(kind: str, options: dict) -> None:
+    query, key, value, state = _qkv(1)
+    bonus = jax.random.normal(jax.random.key(5), (H, K))
+    run = jax.jit(functools.partial(gated_linear_attention, **options))
+    for segments in (None, _segments()):
+        got = run(query, key, value, _decays(kind), state, bonus=bonus, segments=segments)
+        expected = _linear_attention_loop(query, key, value, _decays(kind), state, bonus, segments)
+        chex.assert_trees_all_close(got, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def _diagonal_loop(
+    decay: np.ndarray, drive: Any, state: Any, segments: Segments | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """h' = decay * h + drive; `decay` [B, T, D] in double precision."""
+    state = np.asarray(state, decay.dtype).copy()
+    out = np.zeros(decay.shape, decay.dtype)
+    for b in range(decay.shape[0]):
+        for t in range(decay.shape[1]):
+            if segments is not None and segments.start[b, t]:
+                state[b] = 0
+            if segments is None or segments.valid[b, t]:
+                state[b] = decay[b, t] * state[b] + np.asarray(drive[b, t], np.float64)
+                out[b, t] = state[b]
+    return out, state
+
+
+@by_method
+@pytest.mark.parametrize("kind", ["real", "extreme", "gone", "complex", "fixed", "fixed complex", "elapsed"])
+def test_diagonal_scan_equals_its_recurrence(kind: str, options: dict) -> None:
+    keys = jax.random.split(jax.random.key(2), 4)
+    noise, drive = (jax.random.normal(k, (B, T, K)) for k in keys[:2])
+    state, elapsed = jax.random.normal(keys[2], (B, K)), jnp.exp(jax.random.normal(keys[3], (B, T)))
+    log_decay = {
+        "real": -jnp.exp(noise),
+        "extreme": -jnp.exp(3 * noise),
+        "gone": jnp.where(noise > 0.5, -jnp.inf, -jnp.exp(noise)),
+        "complex": -jnp.exp(noise) + 3j * noise,
+    }.get(kind, -jnp.exp(noise[0, 0]) + (2j if "complex" in kind else 0))
+    if "complex" in kind:
+        state = state + 1j
+    times = elapsed if kind == "elapsed" else None
+    rate = np.asarray(log_decay, np.complex128 if "complex" in kind else np.float64)
+    scale = np.ones((B, T)) if times is None else np.asarray(times, np.float64)
+    decay = np.exp(rate if rate.ndim == 3 else rate * scale[..., None])
+    run = jax.jit(functools.partial(diagonal_scan, **options))
+    for segments in (None, _segments()):
+        poisoned = drive if segments is None else jnp.where(segments.valid[..., None], drive, jnp.nan)
+        got = run(log_decay, poisoned, state, elapsed=times, segments=segments)
+        expected = _diagonal_loop(decay, drive, state, segments)
+        chex.assert_trees_all_close(got, expected, rtol=ROUNDING, atol=ROUNDING)
+    assert got[1].dtype == (jnp.complex64 if "complex" in kind else jnp.float32)
+
+
+@pytest.mark.parametrize("options", METHODS[:2], ids=lambda m: m["method"])
+@pytest.mark.parametrize("kind", ["per head", "per key"])
+def test_gradients_of_everything_with_segments(kind: str, options: dict, x64: None, quick_compilation: None) -> None:
+    keys = jax.random.split(jax.random.key(3), 5)
+    shapes = ((1, 7, 1, 2), (1, 7, 1, 2), (1, 7, 2, 3), (1, 2, 2, 3), (1, 7, 2, 2) if kind == "per key" else (1, 7, 2))
+    query, key, value, state, gate = (jax.random.normal(k, s, jnp.float64) for k, s in zip(keys, shapes, strict=True))
+    segments = Segments(jnp.arange(7)[None] == 3, jnp.arange(7)[None] < 6)
+    run = functools.partial(
+        gated_linear_attention, segments=segments, **(options | ({"chunk": 4} if len(options) > 1 else {}))
+    )
+
+    @jax.jit
+    def loss(query: Any, key: Any, value: Any, gate: Any, state: Any) -> jax.Array:
+        out, final = run(query, key, value, -jnp.exp(gate), state)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(final))
+
+    check_grads(loss, (query, key, value, gate, state), order=1, modes=["rev"])
+
+
+def test_gradients_at_the_ends_of_the_decay_range_are_finite() -> None:
+    query, key, value, state = _qkv(4)
+    for kind in ("gone per head", "gone", "extreme"):
+        loss = lambda *a: jnp.sum(jnp.concatenate([x.ravel() for x in gated_linear_attention(*a)]) ** 2)
+        grads = jax.jit(jax.grad(loss, argnums=range(5)))(query, key, value, _decays(kind), state)
+        chex.assert_tree_all_finite(grads)
+
+
+def test_bfloat16_inputs_keep_float32_states() -> None:
+    query, key, value, state = _qkv(5, jnp.bfloat16)
+    out, final = jax.jit(gated_linear_attention)(query, key, value, _decays("gentle"), state)
+    assert (out.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
+    expected = _linear_attention_loop(query, key, value, _decays("gentle"), state)
+    for got, exact in zip((out, final), expected, strict=True):
+        error = np.abs(np.asarray(got, np.float64) - exact) / np.abs(exact).max()
+        assert np.quantile(error, 0.99) < BFLOAT16
+
+
+def test_one_step_and_odd_lengths() -> None:
+    query, key, value, state = _qkv(6)
+    log_decay = _decays("gentle")
+    for length in (1, 3, 17):
+        cut = lambda x, n=length: x[:, :n]
+        got = gated_linear_attention(cut(query), cut(key), cut(value), cut(log_decay), state)
+        expected = _linear_attention_loop(cut(query), cut(key), cut(value), cut(log_decay), state)
+        chex.assert_trees_all_close(got, expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_shapes_that_do_not_fit_are_shown() -> None:
+    query, key, value, state = _qkv()
+    with pytest.raises(ValueError, match=r"G dividing H.*\(2, 70, 2, 8\), \(2, 70, 2, 8\), \(2, 70, 3, 6\)"):
+        gated_linear_attention(query, key, value[:, :, :3])
+    with pytest.raises(ValueError, match=r"log_decay \[B, T, H\].*\(2, 70, 2\)"):
+        gated_linear_attention(query, key, value, jnp.zeros((B, T, G)))
+    with pytest.raises(ValueError, match=r"state \[B, H, K, V\].*\(2, 4, 6, 8\)"):
+        gated_linear_attention(query, key, value, state=state.swapaxes(2, 3))
+    with pytest.raises(ValueError, match=r"log_decay \(2, 70, 7\)"):
+        diagonal_scan(jnp.zeros((B, T, 7)), jnp.zeros((B, T, 8)))
+    with pytest.raises(ValueError, match="no kernel for the outer family"):
+        gated_linear_attention(query, key, value, method="pallas")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_xla_programs_lower_for_accelerators(platform: str) -> None:
+    query, key, value, state = _qkv()
+
+    def loss(query: Any, log_decay: Any) -> jax.Array:
+        out, final = gated_linear_attention(query, key, value, log_decay, state, method="chunked", segments=_segments())
+        return jnp.sum(out) + jnp.sum(final)
+
+    for kind in ("gentle", "gentle per head"):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(query, _decays(kind))
+        assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
