@@ -189,7 +189,7 @@ def _check_tree(recurrence: Recurrence, inputs: Tree, length: int, tolerance: To
     _equal("tree", "the static tree's outputs != the counter's", outputs, streamed, tolerance)
     full = jnp.flatnonzero((length >> jnp.arange(32)) & 1)
     roots = [take(c.roots, full) for c in (counter, counter_streamed)]
-    _equal("tree", "the static tree's counter != the streamed one", *roots, tolerance)
+    _equal("tree", "the static tree's counter != the streamed one", roots[0], roots[1], tolerance)
 
 
 def _equal(law: str, claim: str, left: Tree, right: Tree, tolerance: Tolerance) -> None:

@@ -88,7 +88,7 @@ def test_resets_that_are_not_honoured_are_named() -> None:
         with pytest.raises(AssertionError, match=rf"^{field}:.*with resets at \["):
             check_recurrence(recurrence._replace(**{field: deaf}), inputs, state)
     elsewhere = recurrence._replace(initial=lambda x: jnp.full((*x.key.shape, *x.value.shape), 1e-2))
-    with pytest.raises(AssertionError, match="^emit:"):
+    with pytest.raises(AssertionError, match=r"^emit:"):
         check_recurrence(elsewhere, inputs, state)
 
 
@@ -101,7 +101,7 @@ def test_what_no_law_sees_needs_a_reference() -> None:
         plain._replace(elements=lambda x: Diagonal(x.log_decay, 1.001 * x.drive)),
     ):
         check_recurrence(wrong, inputs, state)
-        with pytest.raises(AssertionError, match="^reference:"):
+        with pytest.raises(AssertionError, match=r"^reference:"):
             check_recurrence(wrong, inputs, state, reference=reference)
 
 
@@ -110,7 +110,7 @@ def test_an_operator_that_computes_in_float32_is_not_refused_for_its_rounding() 
     recurrence, inputs, state = CASES["outer"]
     rounding = recurrence._replace(combine=narrow(recurrence.combine), act=narrow(recurrence.act))
     check_recurrence(rounding, inputs, state)
-    with pytest.raises(AssertionError, match="^action:"):
+    with pytest.raises(AssertionError, match=r"^action:"):
         check_recurrence(rounding._replace(act=_off(rounding.act, 0)), inputs, state)
 
 
@@ -119,7 +119,7 @@ def test_a_non_associative_operator_is_checked_as_a_tree() -> None:
         lambda x: x, lambda a, b: jnp.tanh(a - b), jnp.zeros_like, read=lambda p, x: p[0], associative=False
     )
     check_recurrence(tree, normal(T, 2))
-    with pytest.raises(AssertionError, match="^associativity:"):
+    with pytest.raises(AssertionError, match=r"^associativity:"):
         check_recurrence(tree._replace(associative=True, read=lambda s, x: s), normal(T, 2))
 
 

@@ -37,7 +37,7 @@ class Dense(NamedTuple):
 
 
 def affine_recurrence(transition: Transition | str, drive: Drive | str, *, read_before: bool = False) -> Recurrence:
-    """state_t = transition_t state_{t-1} + drive_t as a `Recurrence`, with `fold` and `emit` where the structure has them.
+    """state_t = transition_t state_{t-1} + drive_t with `fold` and `emit` where the structure has them.
 
     | transition | drive | one step's inputs | output |
     | --- | --- | --- | --- |

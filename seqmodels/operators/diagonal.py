@@ -24,7 +24,7 @@ class Diagonal(NamedTuple):
 
 
 def diagonal_recurrence(rate: Inexact[Array, "D"] | None = None) -> Recurrence:
-    """h_t = exp(log_decay_t) h_{t-1} + drive_t, read as h_t; with `rate`, h_t = exp(rate * elapsed_t) h_{t-1} + drive_t.
+    """h_t = exp(log_decay_t) h_{t-1} + drive_t, read as h_t; or, with `rate`, exp(rate * elapsed_t) h_{t-1} + drive_t.
 
     Elements are (log decay, or elapsed time; drive). Decays have a real part <= 0. Exponents are sums of such, never
     differences, so that every decay down to log 0 = -inf is exact to rounding.
@@ -87,17 +87,19 @@ def diagonal_scan(
     inside `shard_map`, T is this device's span. Raises ValueError on shapes that do not fit.
     """
     fixed = log_decay.ndim == 1
+    decay = log_decay
     if drive.ndim != 3 or log_decay.shape not in (drive.shape, drive.shape[2:]) or (elapsed is not None and not fixed):
         raise ValueError(
             f"diagonal_scan takes drive [B, T, D] with log_decay [B, T, D], or [D] with elapsed [B, T] or None; "
             f"not drive {drive.shape}, log_decay {log_decay.shape}, elapsed {getattr(elapsed, 'shape', None)}"
         )
-    if fixed and elapsed is None:
-        elapsed = jnp.ones(drive.shape[:2], jnp.promote_types(log_decay.real.dtype, jnp.float32))
+    if fixed:
+        ones = jnp.ones(drive.shape[:2], jnp.promote_types(log_decay.real.dtype, jnp.float32))
+        decay = ones if elapsed is None else elapsed
     return run_family(
         "diagonal",
         diagonal_recurrence(log_decay if fixed else None),
-        Diagonal(elapsed if fixed else log_decay, drive),
+        Diagonal(decay, drive),
         state,
         segments=segments,
         method=method,

@@ -170,8 +170,8 @@ def gated_linear_attention(
     if state is not None and state.shape != (value.shape[0], heads, key.shape[-1], value.shape[-1]):
         raise ValueError(f"the state [B, H, K, V] of key {key.shape} and value {value.shape} is not {state.shape}")
     share = heads // groups
-    split = lambda x: None if x is None else x.reshape(*x.shape[:2], groups, share, *x.shape[3:])
-    inputs = Outer(query, key, split(value), split(log_decay))
+    split = lambda x: x.reshape(*x.shape[:2], groups, share, *x.shape[3:])
+    inputs = Outer(query, key, split(value), None if log_decay is None else split(log_decay))
     if state is None:
         kind = jnp.result_type(key, value, jnp.float32)
         state = jnp.zeros((query.shape[0], heads, key.shape[-1], value.shape[-1]), kind)
@@ -182,7 +182,8 @@ def gated_linear_attention(
             def head(inputs: Outer, state: Array) -> Any:
                 return row(inputs, state, reset, valid)
 
-            group = jax.vmap(head, in_axes=(Outer(None, None, 1, 1), 0), out_axes=(1, 0))
+            shared: Any = Outer(None, None, 1, 1)  # type: ignore[arg-type]  # axes in the place of arrays
+            group = jax.vmap(head, in_axes=(shared, 0), out_axes=(1, 0))
             return jax.vmap(group, in_axes=(1, 0), out_axes=(1, 0))(inputs, state)
 
         return one_row

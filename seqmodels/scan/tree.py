@@ -53,7 +53,7 @@ def counter_prefixes(combine: Callable[[Item, Item], Item], items: Iterable[Item
 
 
 class Counter(NamedTuple):
-    """The online counter: bit k of `count` says that `roots[k]` holds a complete block of 2^k items.
+    """The online counter: bit k of `size` says that `roots[k]` holds a complete block of 2^k items.
 
     `prefixes[k]` is the fold of the roots from the top down to level k, so that adding an item costs amortised two
     aggregations and reading the prefix none. With L levels it holds fewer than 2^L items; beyond, the prefix is NaN.
@@ -61,7 +61,7 @@ class Counter(NamedTuple):
 
     roots: Tree
     prefixes: Tree
-    count: jax.Array
+    size: jax.Array
 
 
 def empty_counter(recurrence: Recurrence, inputs_t: Tree, levels: int = LEVELS) -> Counter:
@@ -80,9 +80,9 @@ def _trailing_zeros(n: jax.Array) -> jax.Array:
 def prefix(counter: Counter) -> tuple[Tree, jax.Array]:
     """`(aggregate of all items, whether there is one)`."""
     levels = jax.tree.leaves(counter.roots)[0].shape[0]
-    level = _trailing_zeros(counter.count)
+    level = _trailing_zeros(counter.size)
     lost = level >= levels if levels < LEVELS else jnp.zeros((), bool)
-    present = counter.count > 0
+    present = counter.size > 0
 
     def leaf(p: jax.Array) -> jax.Array:
         value = p[jnp.minimum(level, levels - 1)]
@@ -101,19 +101,19 @@ def push(recurrence: Recurrence, counter: Counter, element: Tree) -> Counter:
     """The counter with one more item."""
     combine = _aggregate(recurrence)
     levels = jax.tree.leaves(counter.roots)[0].shape[0]
-    home = _trailing_zeros(counter.count + 1)  # the level where the carry comes to rest
+    home = _trailing_zeros(counter.size + 1)  # the level where the carry comes to rest
 
     def carry(item: Tree, level_and_root: tuple[jax.Array, Tree]) -> tuple[Tree, None]:
         level, root = level_and_root
         return lax.cond(level < home, combine, lambda _, x: x, root, item), None
 
     item, _ = lax.scan(carry, element, (jnp.arange(levels), counter.roots))
-    above = (counter.count >> home.astype(jnp.uint32)) << home.astype(jnp.uint32)
-    before, present = prefix(counter._replace(count=above))
+    above = (counter.size >> home.astype(jnp.uint32)) << home.astype(jnp.uint32)
+    before, present = prefix(counter._replace(size=above))
     total = lax.cond(present, combine, lambda _, x: x, before, item)
     place = lambda stack, x: stack.at[home].set(x, mode="drop")
     return Counter(
-        jax.tree.map(place, counter.roots, item), jax.tree.map(place, counter.prefixes, total), counter.count + 1
+        jax.tree.map(place, counter.roots, item), jax.tree.map(place, counter.prefixes, total), counter.size + 1
     )
 
 
@@ -126,7 +126,7 @@ def count_step(
 ) -> tuple[Tree, Counter]:
     """One streaming step: `(outputs_t, counter)`; a reset empties the counter, an invalid step leaves it."""
     if reset is not None:
-        counter = counter._replace(count=jnp.where(reset, jnp.zeros_like(counter.count), counter.count))
+        counter = counter._replace(size=jnp.where(reset, jnp.zeros_like(counter.size), counter.size))
     element = element_of(recurrence, inputs_t)
     outputs = recurrence.read(_or_identity(recurrence, element, *prefix(counter)), inputs_t)
     after = push(recurrence, counter, element)

@@ -90,7 +90,7 @@ def test_arrays_follow_the_schedule_with_resets_and_padding(length: int) -> None
         for state in (None, empty_counter(MIX, items[0])):
             outputs, counter = static(items, state, reset=reset, valid=valid)
             np.testing.assert_array_equal(outputs, expected)
-            assert counter.count == len(document)
+            assert counter.size == len(document)
             counters.append(counter)
         rest = rng.integers(0, 1000, 5).astype(np.int32)
         expected = _oracle(
