@@ -107,7 +107,7 @@ class Attention(nnx.Module):
         if state is None:
             state = self.init_state(batch, length, x.dtype)
         elif state.length.shape == (batch,):
-            cached = _cached(state, ring=config.window is not None)
+            cached = _cached(state, segments, ring=config.window is not None)
         else:
             raise ValueError(f"a state of {state.length.shape[0]} rows cannot continue x of shape {x.shape}")
         position, total = segments.positions(state.length)
@@ -134,14 +134,15 @@ class Attention(nnx.Module):
         return out, _stored(state, own, segments, total, ring=config.window is not None)
 
 
-def _cached(state: AttentionState, *, ring: bool) -> Keys:
-    """The slots of a state as keys of document 0, the carried one."""
+def _cached(state: AttentionState, segments: Segments, *, ring: bool) -> Keys:
+    """The slots of a state as keys of document 0, the carried one; none where a row does not go on with it."""
     batch, slots = state.key.shape[:2]
     slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
     length = state.length[:, None]
     # The newest token lies in slot (length - 1) % slots; going back from there, each slot is one token older.
     position = length - 1 - (length - 1 - slot) % slots if ring else slot
-    filled = (position >= 0) & (position < length)
+    goes_on = jnp.any(segments.valid & (segments.ids == 0), axis=1, keepdims=True)
+    filled = (position >= 0) & (position < length) & goes_on
     return Keys(state.key, state.value, jnp.zeros_like(slot), position, filled)
 
 

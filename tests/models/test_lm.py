@@ -197,3 +197,15 @@ def test_errors_of_a_call() -> None:
     with pytest.raises(TypeError, match="channel must be a ChannelConfig"):
         ModelConfig(VOCAB, WIDTH, HYBRID, channel=R)
     assert isinstance(model.init_state(2, 3), LMState)
+
+
+def test_equal_documents_leave_equal_states(hybrid: Any) -> None:
+    """Whatever a row carried before a start, NaN included, leaves no trace."""
+    run, model = hybrid
+    tokens = random_tokens(4)
+    fresh = Segments.whole(2, LENGTH, fresh=True)
+    spoil = lambda leaf: jnp.full_like(leaf, jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf + 3
+    _, expected = run(tokens, model.init_state(2, LENGTH), fresh)
+    logits, state = run(tokens, jax.tree.map(spoil, model.init_state(2, LENGTH)), fresh)
+    chex.assert_tree_all_finite(logits)
+    chex.assert_trees_all_equal(state, expected)
