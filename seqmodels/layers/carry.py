@@ -1,11 +1,14 @@
-"""Small carries over a sharded time axis: how many tokens a document has had, where it stands on each device."""
+"""What layers ask of a sharded time axis: how many tokens a document has had, and all of them on each device."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from seqmodels import compat
 from seqmodels.scan import Recurrence, sharded_carry
 from seqmodels.typing import Segments
 
@@ -31,3 +34,13 @@ def token_positions(
     carry = lambda span, length: sharded_carry(COUNT, span, span[1], length, sequence_axis)
     before, after = jax.vmap(carry)((jnp.any(segments.start, axis=1), count), length)
     return segments.positions(before)[0], after
+
+
+def gather_time(tree: Any, axis_name: str) -> Any:
+    """Every leaf `[B, T, ...]` of this device's span as `[B, devices * T, ...]`, the same on every device."""
+
+    def leaf(x: Array) -> Array:
+        spans = jnp.moveaxis(compat.gather_along(x, axis_name), 0, 1)
+        return spans.reshape(spans.shape[0], -1, *spans.shape[3:])
+
+    return jax.tree.map(leaf, tree)

@@ -12,16 +12,20 @@ from seqmodels.params import Group, param
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467); scale starts at 1."""
+    """y = x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), the mean over each of `groups`; scale starts at 1."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-6, axis: str | None = "embed"):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-6, groups: int = 1, axis: str | None = "embed"):
+        if width % groups:
+            raise ValueError(f"a width of {width} does not divide into groups={groups}")
         self.eps = eps
+        self.groups = groups
         self.scale = param(rngs, (width,), jax.nn.initializers.ones, group=Group.NORM, axes=(axis,))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(power + self.eps)
+        grouped = wide.reshape(*x.shape[:-1], self.groups, -1)
+        power = jnp.mean(jnp.square(grouped), axis=-1, keepdims=True)
+        y = (grouped * jax.lax.rsqrt(power + self.eps)).reshape(x.shape)
         return (y * along_last(self.scale[...], y)).astype(x.dtype)
 
 

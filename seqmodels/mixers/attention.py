@@ -6,11 +6,13 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window
+from seqmodels.layers.carry import gather_time, token_positions
 from seqmodels.layers.linear import Linear, scaled
 from seqmodels.layers.positions import Positions, alibi_slopes, rope, rotated_size
 from seqmodels.typing import Context, MixerConfig, Segments
@@ -63,7 +65,8 @@ class AttentionState(NamedTuple):
 class Attention(nnx.Module):
     """See `AttentionConfig`. Positions are counted from the state's own `length`: only differences matter here.
 
-    A document that outgrows a given cache yields NaN from its first token without a slot on; nothing is overwritten.
+    With time sharded over a mesh axis, keys and values of all devices are gathered on each, and queries stay where they
+    are. A document that outgrows a given cache yields NaN from its first token without a slot on; nothing is lost.
     """
 
     def __init__(self, config: AttentionConfig, width: int, *, depth: int, rngs: nnx.Rngs):
@@ -96,21 +99,17 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], state: AttentionState | None, context: Context
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
-        if context.sequence_axis is not None:
-            raise NotImplementedError(
-                f"attention does not run with time sharded over {context.sequence_axis!r}; "
-                "shard the batch, or use recurrent mixers along that axis"
-            )
-        config, segments = self.config, context.segments
+        config, segments, axis = self.config, context.segments, context.sequence_axis
         batch, length = x.shape[:2]
         cached = None
         if state is None:
-            state = self.init_state(batch, length, x.dtype)
+            spans = 1 if axis is None else jax.lax.axis_size(axis)
+            state = self.init_state(batch, length * spans, x.dtype)
         elif state.length.shape == (batch,):
             cached = _cached(state, segments, ring=config.window is not None)
         else:
             raise ValueError(f"a state of {state.length.shape[0]} rows cannot continue x of shape {x.shape}")
-        position, total = segments.positions(state.length)
+        position, total = token_positions(segments, state.length, axis)
 
         x = jnp.where(segments.valid[..., None], x, 0)
         heads = lambda linear: linear(x).reshape(batch, length, -1, self.size)
@@ -121,17 +120,25 @@ class Attention(nnx.Module):
         elif config.positions == Positions.ALIBI:
             slopes = alibi_slopes(config.heads)
 
-        queries = Queries(query, segments.ids, position)
-        own = Keys(key, value, segments.ids, position, segments.valid)
+        if axis is None:
+            seen, document = segments, segments.ids
+            keys = Keys(key, value, document, position, segments.valid)
+        else:
+            seen, key, value, everywhere = gather_time((segments, key, value, position), axis)
+            keys = Keys(key, value, seen.ids, everywhere, seen.valid)
+            document = jax.lax.dynamic_slice_in_dim(seen.ids, jax.lax.axis_index(axis) * length, length, axis=1)
+        queries = Queries(query, document, position)
         scoring = Scoring(config.window, slopes, config.logits_cap)
         if config.window is None:
-            out = attend(queries, (own,) if cached is None else (cached, own), scoring)
+            out = attend(queries, (keys,) if cached is None else (cached, keys), scoring)
             overflow = segments.valid & (position >= state.key.shape[1])
             out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
-        else:
-            out = attend_in_window(queries, cached, own, scoring)
+        elif axis is None:
+            out = attend_in_window(queries, cached, keys, scoring)
+        else:  # the keys of other devices' spans are many more than the queries: only the mask knows the window
+            out = attend(queries, (keys,) if cached is None else (cached, keys), scoring)
         out = jnp.where(segments.valid[..., None], self.out(out.reshape(batch, length, -1)), 0)
-        return out, _stored(state, own, segments, total, ring=config.window is not None)
+        return out, _stored(state, keys, seen, total, ring=config.window is not None)
 
 
 def _cached(state: AttentionState, segments: Segments, *, ring: bool) -> Keys:

@@ -31,15 +31,17 @@ class Mamba2Config(MixerConfig):
         out = W_out RMSNorm(y * SiLU(z))
 
     Inner width `expansion` times the model's, in heads of `head_size`; B and C are shared by the heads of each of
-    `groups` groups. The norm runs over the whole inner width, also with groups. At initialisation exp(a_log) is
-    uniform in `decay_range`, softplus(dt_bias) log-uniform in `step_range`, skip 1; the output projection has its
-    variance divided by depth. `chunk`: tokens per chunk of the scan, None for the operator's own choice.
+    `groups` groups. The norm's mean runs over each of `norm_groups` parts of the inner width; None is `groups`, as in
+    the authors' code. At initialisation exp(a_log) is uniform in `decay_range`, softplus(dt_bias) log-uniform in
+    `step_range`, skip 1; the output projection has its variance divided by depth. `chunk`: tokens per chunk of the
+    scan, None for the operator's own choice.
     """
 
     expansion: float = 2.0
     head_size: int = 64
     state_size: int = 128
     groups: int = 1
+    norm_groups: int | None = None
     conv_width: int = 4
     decay_range: tuple[float, float] = (1.0, 16.0)
     step_range: tuple[float, float] = (1e-3, 1e-1)
@@ -95,7 +97,8 @@ class Mamba2(nnx.Module):
         self.a_log = per_head(init_decay)
         self.dt_bias = per_head(init_step)
         self.skip = per_head(jax.nn.initializers.ones)
-        self.norm = RMSNorm(inner, rngs=rngs, eps=1e-5, axis="recurrent")
+        norm_groups = config.groups if config.norm_groups is None else config.norm_groups
+        self.norm = RMSNorm(inner, rngs=rngs, eps=1e-5, groups=norm_groups, axis="recurrent")
         self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=scaled(1.0 / depth))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> Mamba2State:

@@ -13,13 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from seqmodels.typing import Segments
 from tests.mixers.properties import (
-    ATTENTION,
     BATCH,
     CONFIGS,
     FLOAT32,
     FLOAT32_GRADIENT,
     MIXED,
-    RECURRENT,
     TIME,
     UNBROKEN,
     assert_close,
@@ -79,7 +77,7 @@ def mesh() -> Mesh:
     return jax.make_mesh((8,), (TIME,), axis_types=(AxisType.Auto,))
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@every_mixer
 def test_sharded_over_time(name: str) -> None:
     """Eight devices with two tokens each equal one device: outputs, and the state after all of them on every device."""
     s, x = subject(name), tokens(0)
@@ -90,7 +88,7 @@ def test_sharded_over_time(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECURRENT)
+@every_mixer
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_sharded_over_time(name: str, check_vma: bool) -> None:
     """The gradients to parameters, tokens and the initial state, with and without varying axes in the types."""
@@ -99,10 +97,3 @@ def test_gradients_sharded_over_time(name: str, check_vma: bool) -> None:
     sharded = s.run(x, s.warm, MIXED, mesh=mesh(), check_vma=check_vma)
     assert_close(sharded.after, alone.after, FLOAT32)
     assert_close(sharded.gradients, alone.gradients, FLOAT32_GRADIENT)
-
-
-@pytest.mark.parametrize("name", sorted(ATTENTION))
-def test_attention_sharded_over_time_says_what_to_do(name: str) -> None:
-    s = subject(name)
-    with pytest.raises(NotImplementedError, match="shard the batch"):
-        s.run(tokens(0), s.warm, MIXED, mesh=mesh())

@@ -55,7 +55,9 @@ def mamba2_block(
             h[n] = np.exp(dt[n] * negative_a[n]) * h[n] + dt[n] * np.outer(inputs[n], b[group])
             out[n] = h[n] @ c[group] + parameters["skip"][n] * inputs[n]
         gated = out.reshape(inner) * silu(z)
-        normed = gated / np.sqrt(np.mean(gated**2) + eps) * parameters["norm"]["scale"]
+        parts = gated.reshape(groups, -1)
+        normed = (parts / np.sqrt(np.mean(parts**2, axis=1, keepdims=True) + eps)).reshape(inner)
+        normed = normed * parameters["norm"]["scale"]
         y.append(normed @ parameters["out"]["kernel"])
     recent = ([np.zeros(taps.shape[1])] * (width - 1) + history)[-(width - 1) :]
     return np.stack(y), {"ssm": h, "conv": np.stack(recent)}
