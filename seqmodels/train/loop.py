@@ -128,15 +128,15 @@ class _Run:
 
     def _steps(self) -> None:
         pending: tuple[int, dict[str, Any]] | None = None
+        number = self.start
         for number in range(self.start + 1, self.config.steps + 1):
             self.state, metrics = self.step(self.state, next(self.batches))
             if pending is not None:  # fetched only now, so that the device never waits for this bookkeeping
                 self._note(*pending)
             pending = number, metrics
-            last = number == self.config.steps
-            stop = self.signals is not None and self.signals.received is not None
+            stop = self._signal() is not None
             evaluate = self.evaluate is not None and self._due(number, self.config.evaluate_every)
-            save = last or stop or self._due(number, self.config.checkpoint_every)
+            save = number == self.config.steps or stop or self._due(number, self.config.checkpoint_every)
             if save or evaluate:
                 self._note(*pending, evaluate=evaluate)
                 pending = None
@@ -144,8 +144,13 @@ class _Run:
                 with self.progress.paused():
                     self.log.sync()
                     self.checkpoints.save(number, self.state, self.batches.get_state())  # type: ignore[attr-defined]
-            if stop and not last:
-                raise Interrupted(self.signals.received, number)  # type: ignore[union-attr, arg-type]
+            if stop:
+                break
+        if (signum := self._signal()) is not None:
+            raise Interrupted(signum, number)
+
+    def _signal(self) -> int | None:
+        return self.signals.received if self.signals is not None else None
 
     @staticmethod
     def _due(number: int, every: int) -> bool:

@@ -76,7 +76,7 @@ class RunFolder:
         self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
-        except OSError:
+        except BlockingIOError:
             raise RunMismatch(f"another process trains in {self.path}; wait for it or choose another folder") from None
         self._check(as_json(record), set(free))
         replace_file(self.path / "config.json", json.dumps(as_json(record), indent=1) + "\n")

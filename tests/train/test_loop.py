@@ -73,15 +73,15 @@ def test_a_crashed_run_goes_on_to_the_bit(tmp_path, whole, at):
     assert losses(tmp_path) == whole
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(tmp_path, whole, signum):
+@pytest.mark.parametrize(("signum", "at"), [(signal.SIGTERM, 6), (signal.SIGINT, 6), (signal.SIGTERM, STEPS)])
+def test_a_signal_saves_first(tmp_path, whole, signum, at):
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted, match="after step 6, which was saved") as stopped:
-        run(tmp_path, Trouble(6, lambda: os.kill(os.getpid(), signum)))
+    with pytest.raises(Interrupted, match=f"after step {at}, which was saved") as stopped:
+        run(tmp_path, Trouble(at, lambda: os.kill(os.getpid(), signum)))
     assert stopped.value.code == 128 + signum
     assert signal.getsignal(signum) is before
-    assert losses(tmp_path) == whole[:6]
-    assert (tmp_path / "checkpoints" / "6").is_dir()
+    assert losses(tmp_path) == whole[:at]
+    assert (tmp_path / "checkpoints" / str(at)).is_dir()
     run(tmp_path)
     assert losses(tmp_path) == whole
 
