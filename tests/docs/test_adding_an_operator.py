@@ -62,6 +62,7 @@ def test_the_reader_writes_few_lines(page: str) -> None:
     lines = [line for text in own for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert len(lines) < LINES
     assert max(map(len, lines)) <= 120
+    assert f"it is {len(lines)} lines" in (PAGE.parent.parent / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,108 @@
+"""README.md and docs/architecture.md: their code runs, and their tables and links say what is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.presets import PRESETS
+from seqmodels.mixers import AttentionConfig, Mamba2Config, RGLRUConfig
+from seqmodels.scan import scan
+from seqmodels.scan.auto import RULES
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, ARCHITECTURE = PAGES[0].read_text(), (ROOT / "docs" / "architecture.md").read_text()
+FIRST_SCREEN = 45  # lines
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def table_after(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a line, without its head."""
+    lines = page[page.index(heading) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target, anchor in LINK.findall(text):
+        if target.startswith("https://"):
+            continue
+        path = (page.parent / target) if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_code_of_the_readme_runs(quick_compilation: None) -> None:
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    peak, expected = -np.inf, []
+    for fall, level in zip(np.asarray(names["fall"]), np.asarray(names["level"]), strict=True):
+        peak = max(peak - fall, level)
+        expected.append(peak)
+    for method in ("sequential", "associative", "chunked"):
+        np.testing.assert_allclose(scan(names["meter"], (names["fall"], names["level"]), method=method)[0], expected)
+    last = max(expected[-1] - names["fall"][0], names["level"][0])
+    np.testing.assert_allclose(names["peak"], last, rtol=1e-6)
+    assert names["logits"].shape == (2, 1, 257)
+    assert names["result"].tokens.shape == (2, 20)
+
+
+def test_the_first_screen_of_the_readme_has_the_idea_the_code_and_the_commands() -> None:
+    screen = "\n".join(README.splitlines()[:FIRST_SCREEN])
+    assert screen.index("Write an associative operator once") < screen.index("```python") < screen.index("make demo")
+    assert "make test" in screen
+    for target in re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+def test_the_readme_gives_the_bytes_of_state() -> None:
+    """At width 256 with room for 4096 tokens, in the order of the table."""
+    configs = (AttentionConfig(heads=4), AttentionConfig(heads=4, window=256), RGLRUConfig(), Mamba2Config())
+    rows = table_after(README, "### Mixers")
+    for row, config in zip(rows, configs, strict=True):
+        mixer = config.make(256, layer=0, depth=1, rngs=nnx.Rngs(0))
+        state = jax.eval_shape(lambda mixer=mixer: mixer.init_state(1, 4096))
+        assert int(row[-1].replace(",", "")) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def test_the_readme_names_every_preset() -> None:
+    assert f"Presets: {', '.join(f'`{name}`' for name in PRESETS)} (" in README
+
+
+def test_the_architecture_shows_the_rules_of_auto() -> None:
+    rows = table_after(ARCHITECTURE, "*How `auto` chooses.*")
+    assert [row[1].strip("`") for row in rows] == [rule.method for rule in RULES]
+    for (condition, _), rule in zip(rows, RULES, strict=True):
+        assert ("CPU" in condition) == (rule.platform == "cpu")
+        assert (rule.family or "") in condition
+        assert ("`fold` and `emit`" in condition) == bool(rule.matmul_form)
+        assert (rule.max_length is not None) == ("at most" in condition)
+        assert rule.max_length is None or f"at most {rule.max_length} steps" in condition
+
+
+def test_the_architecture_names_folders_that_are_there() -> None:
+    for row in table_after(ARCHITECTURE, "## What stands where"):
+        folder, *files = re.findall(r"`([\w/.]+)`", row[0])
+        assert (ROOT / folder).is_dir(), folder
+        for name in files:
+            near = [(ROOT / folder).parent / name, ROOT / "seqmodels" / name]
+            assert any(path.exists() for path in near), name
