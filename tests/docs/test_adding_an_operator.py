@@ -111,7 +111,7 @@ def test_the_game_is_the_one_that_the_page_describes(code: dict[str, Any]) -> No
 
 
 def test_the_mixer_of_the_page_keeps_the_properties_of_the_library_s_own(code: dict[str, Any]) -> None:
-    """Packed documents and NaN padding against one token at a time: outputs, state and gradients."""
+    """Packed documents and NaN padding against one token at a time: outputs, state, gradients; documents apart."""
     from tests.mixers import properties as P
 
     subject = P.Subject(code["CompassConfig"](heads=4), caches=False)
@@ -123,6 +123,12 @@ def test_the_mixer_of_the_page_keeps_the_properties_of_the_library_s_own(code: d
     P.assert_close(result.gradients.params, expected.gradients.params, P.FLOAT32_GRADIENT)
     P.assert_close(result.gradients.x, expected.gradients.x, P.FLOAT32_GRADIENT)
     P.assert_close(result.gradients.state, expected.gradients.state, P.FLOAT32_GRADIENT)
+
+    newest = (P.MIXED.ids == P.MIXED.ids[:, -1:]) & P.MIXED.valid
+    fresh = P.MIXED.start.any(axis=1)  # rows whose last document starts here, from nothing that came before
+    other = subject.run(np.where(newest[..., None], x, P.tokens(4)), subject.fresh, P.MIXED)
+    P.assert_close(P.row_of(other.after, fresh), P.row_of(result.after, fresh), P.FLOAT32)
+    P.assert_valid_close(other.y, result.y, newest & fresh[:, None])
 
 
 @pytest.mark.slow
