@@ -21,13 +21,13 @@ demo: $(STAMP)  ## Train a small byte-level model on text that ships with Python
 	@echo "demo: training in $(DEMO); stop it whenever you like, the same command goes on from there"
 	@$(PYTHON) -m experiments.train demo --workdir $(DEMO)
 	@echo "demo: generating from $(DEMO)"
-	@$(PYTHON) -m experiments.generate $(DEMO) --prompt "The import statement"
+	@$(PYTHON) -m experiments.generate $(DEMO) --prompt "def read_"
 
 demo-short: $(STAMP)  ## The demo with a few steps from scratch, to see that everything runs (about a minute)
 	@echo "demo-short: a few training steps in $(SHORT), then generation"
 	@rm -rf $(SHORT)
 	@$(PYTHON) -m experiments.train demo --workdir $(SHORT) --steps 20 --log-every 5 --checkpoint-every 10
-	@$(PYTHON) -m experiments.generate $(SHORT) --prompt "The import statement"
+	@$(PYTHON) -m experiments.generate $(SHORT) --prompt "def read_"
 
 test: $(STAMP)  ## Run the quick tests (at most 10 minutes)
 	@echo "test: the quick tier; make test-all adds the slow one"

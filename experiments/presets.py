@@ -1,4 +1,7 @@
-"""Experiments by name. Each function says its command, its size and what to expect of it."""
+"""Experiments by name. Each function says its command, its size and what to expect of it.
+
+What to expect was measured on two cores with the text of CPython 3.11.7; that of other versions is a little different.
+"""
 
 from __future__ import annotations
 
@@ -31,81 +34,85 @@ class Experiment:
     data: DataConfig
 
 
-def _small(*pattern: MixerConfig, repeats: int = 1) -> ModelConfig:
+def _hybrid(width: int, repeats: int) -> ModelConfig:
+    return _small((_recurrent(width), _recurrent(width), _LOCAL), width, repeats)
+
+
+def _small(pattern: tuple[MixerConfig, ...], width: int, repeats: int = 1) -> ModelConfig:
     # no remat: such models fit into memory as they are, and recomputing costs a quarter of the speed
-    return ModelConfig(BYTES, 128, ((pattern, repeats),), channel=MLPConfig(), remat=False)
+    return ModelConfig(BYTES, width, ((pattern, repeats),), channel=MLPConfig(expansion=2), remat=False)
 
 
-_SINGLE = TrainConfig(steps=500, learning_rate=6e-3, warmup=30, weight_decay=0.05, log_every=20)
-_LONGER = dataclasses.replace(_SINGLE, steps=2000, learning_rate=4e-3, warmup=100)
-_PART = DataConfig(heldout_bytes=100_000)
-# One block and two heads: on CPUs few large products are faster than many small ones.
-_RECURRENT = RGLRUConfig(recurrent_size=128, blocks=1)
-_LOCAL = AttentionConfig(heads=2, kv_heads=1, window=64)
+def _recurrent(width: int) -> RGLRUConfig:
+    # one block: on CPUs few large products are faster than many small ones
+    return RGLRUConfig(recurrent_size=width, blocks=1)
+
+
+_LOCAL = AttentionConfig(heads=2, kv_heads=1, window=32)
+_MINUTES = TrainConfig(
+    steps=1600, batch_size=8, length=256, learning_rate=6e-3, warmup=30, weight_decay=0.05, log_every=50
+)
+_LONGER = dataclasses.replace(_MINUTES, steps=3000, learning_rate=4e-3, warmup=100)
 
 
 def demo() -> Experiment:
     """A Griffin-like 2:1 hybrid on the text inside CPython, in minutes on two cores.
 
     Command: python -m experiments.train demo
-    Size: 0.69 M parameters, 2.0 M tokens.
-    Expect: TODO
+    Size: 0.31 M parameters, 3.3 M tokens.
+    Expect: 1.93 bits per byte held out (unigram 4.70, bigram 3.57, xz 2.69) after three to four minutes.
     """
-    return Experiment(
-        _small(_RECURRENT, _RECURRENT, _LOCAL),
-        _SINGLE,
-        _PART,
-    )
+    return Experiment(_hybrid(96, repeats=1), _MINUTES, DataConfig())
 
 
 def griffin() -> Experiment:
-    """Two periods of Griffin's 2:1 hybrid (RG-LRU, RG-LRU, sliding attention), trained longer.
+    """Two periods of Griffin's 2:1 hybrid (RG-LRU, RG-LRU, sliding attention), wider and trained longer.
 
     Command: python -m experiments.train griffin
-    Size: 1.35 M parameters, 8.2 M tokens.
+    Size: 1.05 M parameters, 6.1 M tokens.
     Expect: TODO
     """
-    return Experiment(_small(_RECURRENT, _RECURRENT, _LOCAL, repeats=2), _LONGER, DataConfig())
+    return Experiment(_hybrid(128, repeats=2), _LONGER, DataConfig())
 
 
 def attention() -> Experiment:
     """Full causal attention with rotary positions.
 
     Command: python -m experiments.train attention
-    Size: 0.62 M parameters, 2.0 M tokens.
+    Size: 0.27 M parameters, 3.3 M tokens.
     Expect: TODO
     """
-    return Experiment(_small(AttentionConfig(heads=2, kv_heads=1), repeats=3), _SINGLE, _PART)
+    return Experiment(_small((AttentionConfig(heads=2, kv_heads=1),) * 3, 96), _MINUTES, DataConfig())
 
 
 def sliding_attention() -> Experiment:
-    """Sliding-window attention, 64 keys, with rotary positions.
+    """Sliding-window attention over 32 keys with rotary positions.
 
     Command: python -m experiments.train sliding_attention
-    Size: 0.62 M parameters, 2.0 M tokens.
+    Size: 0.27 M parameters, 3.3 M tokens.
     Expect: TODO
     """
-    return Experiment(_small(_LOCAL, repeats=3), _SINGLE, _PART)
+    return Experiment(_small((_LOCAL,) * 3, 96), _MINUTES, DataConfig())
 
 
 def rg_lru() -> Experiment:
-    """Griffin's recurrent block alone.
+    """Griffin's recurrent block (RG-LRU) alone.
 
     Command: python -m experiments.train rg_lru
-    Size: 0.72 M parameters, 2.0 M tokens.
+    Size: 0.33 M parameters, 3.3 M tokens.
     Expect: TODO
     """
-    return Experiment(_small(_RECURRENT, repeats=3), _SINGLE, _PART)
+    return Experiment(_small((_recurrent(96),) * 3, 96), _MINUTES, DataConfig())
 
 
 def mamba2() -> Experiment:
-    """Mamba-2 layers alone, with MLPs between them.
+    """Mamba-2 alone.
 
     Command: python -m experiments.train mamba2
-    Size: 0.80 M parameters, 2.0 M tokens.
+    Size: 0.38 M parameters, 3.3 M tokens.
     Expect: TODO
     """
-    return Experiment(_small(Mamba2Config(head_size=32, state_size=32), repeats=3), _SINGLE, _PART)
+    return Experiment(_small((Mamba2Config(head_size=32, state_size=32),) * 3, 96), _MINUTES, DataConfig())
 
 
 _PRESETS = (demo, griffin, attention, sliding_attention, rg_lru, mamba2)
