@@ -88,6 +88,12 @@ def test_the_readme_names_every_preset() -> None:
     assert f"Presets: {', '.join(f'`{name}`' for name in PRESETS)} (" in README
 
 
+def test_the_readme_and_the_preset_expect_the_same_of_the_demo() -> None:
+    expected = re.findall(r"\d\.\d\d(?= bits|[,)])", (PRESETS["demo"].__doc__ or "").split("Expect:")[1])
+    (row,) = table_after(README, "The demo ends with")
+    assert sorted(row[1:]) == sorted(expected)
+
+
 def test_the_architecture_shows_the_rules_of_auto() -> None:
     rows = table_after(ARCHITECTURE, "*How `auto` chooses.*")
     assert [row[1].strip("`") for row in rows] == [rule.method for rule in RULES]
