@@ -70,7 +70,11 @@ def main(arguments: Sequence[str]) -> None:
         "tokens_per_second": result.tokens_per_second,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    (workdir / "result.json").write_text(json.dumps(summary, indent=1) + "\n")
+    path = workdir / "result.json"
+    if result.tokens_per_second is None and path.exists():  # nothing was left to train: speed and time are the run's
+        earlier = json.loads(path.read_text())
+        summary |= {name: earlier[name] for name in ("tokens_per_second", "seconds")}
+    path.write_text(json.dumps(summary, indent=1) + "\n")
     show(summary, workdir)
 
 

@@ -114,6 +114,38 @@ def test_an_operator_that_computes_in_float32_is_not_refused_for_its_rounding() 
         check_recurrence(rounding._replace(act=_off(rounding.act, 0)), inputs, state)
 
 
+LOG_SUM_EXP = Recurrence(lambda x: x, jnp.logaddexp, lambda e: jnp.full_like(e, -jnp.inf))
+
+
+@pytest.mark.parametrize(
+    ("fields", "law"),
+    [
+        ({"identity": lambda e: jnp.full_like(e, jnp.inf)}, "identity"),
+        ({"identity": lambda e: jnp.full_like(e, 0.0)}, "identity"),
+        ({"update": lambda x, s: jnp.full_like(s, jnp.inf)}, "update"),
+    ],
+)
+def test_infinities_are_values_like_others(fields: dict, law: str) -> None:
+    check_recurrence(LOG_SUM_EXP, normal(T, 2))
+    with pytest.raises(AssertionError, match=rf"^{law}:"):
+        check_recurrence(LOG_SUM_EXP._replace(**fields), normal(T, 2))
+
+
+def test_a_start_in_float32_does_not_loosen_the_laws() -> None:
+    recurrence, _, _ = CASES["faint"]
+    plain = recurrence._replace(fold=None, emit=None, initial=lambda x: jnp.zeros(3, jnp.float32))
+    wrong = plain._replace(update=lambda x, s: 1.001 * jnp.exp(x.log_decay) * s + x.drive)
+    check_recurrence(plain, CASES["faint"][1])
+    with pytest.raises(AssertionError, match=r"^update:"):
+        check_recurrence(wrong, CASES["faint"][1])
+
+
+def test_float32_inside_jit_is_seen_too() -> None:
+    recurrence, inputs, state = CASES["outer"]
+    narrow = lambda f: jax.jit(lambda *args: jax.tree.map(lambda x: x.astype(jnp.float32), f(*args)))
+    check_recurrence(recurrence._replace(combine=narrow(recurrence.combine), act=narrow(recurrence.act)), inputs, state)
+
+
 def test_a_non_associative_operator_is_checked_as_a_tree() -> None:
     tree = Recurrence(
         lambda x: x, lambda a, b: jnp.tanh(a - b), jnp.zeros_like, read=lambda p, x: p[0], associative=False

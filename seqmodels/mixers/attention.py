@@ -66,7 +66,8 @@ class Attention(nnx.Module):
     """See `AttentionConfig`. Positions are counted from the state's own `length`: only differences matter here.
 
     With time sharded over a mesh axis, keys and values of all devices are gathered on each, and queries stay where they
-    are. A document that outgrows a given cache yields NaN from its first token without a slot on; nothing is lost.
+    are. A document that outgrows a given cache yields NaN from its first token without a slot on (through later
+    layers in the whole row); nothing is overwritten.
     """
 
     def __init__(self, config: AttentionConfig, width: int, *, depth: int, rngs: nnx.Rngs):

@@ -139,14 +139,14 @@ class LanguageModel(nnx.Module):
         if state is None:
             return
         batch = tokens.shape[0]
-        expected = jax.eval_shape(lambda: self.init_state(batch, 1))
+        expected, roomier = (jax.eval_shape(lambda n=n: self.init_state(batch, n)) for n in (1, 2))
         structures: list[Any] = [jax.tree.structure(tree) for tree in (state, expected)]
         if structures[0] != structures[1]:
             raise ValueError("this state belongs to another model: its structure is not that of model.init_state(...)")
-        for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-            axes = 1 if like.ndim == 1 else 2  # states of layers have the repeats in front of the batch
-            if leaf.shape[:axes] != like.shape[:axes]:
+        for leaf, one, two in zip(*map(jax.tree.leaves, (state, expected, roomier)), strict=True):
+            shape = tuple(None if a != b else a for a, b in zip(one.shape, two.shape, strict=True))
+            if leaf.ndim != len(shape) or any(b not in (None, a) for a, b in zip(leaf.shape, shape, strict=True)):
                 raise ValueError(
-                    f"a state with a leaf of shape {leaf.shape} cannot continue tokens of shape {tokens.shape} "
-                    f"(expected {like.shape[:axes]} in front): make it with model.init_state({batch})"
+                    f"a state with a leaf of shape {leaf.shape} cannot continue tokens of shape {tokens.shape}: "
+                    f"expected {shape}, None for the capacity; make it with model.init_state({batch})"
                 )

@@ -31,7 +31,9 @@ def diagonal_recurrence(rate: Inexact[Array, "D"] | None = None) -> Recurrence:
     """
 
     def decay(log_decay: Array) -> Array:
-        return jnp.exp(log_decay if rate is None else log_decay * rate)
+        if rate is None:
+            return jnp.exp(log_decay)
+        return jnp.exp(log_decay * jnp.where(log_decay == 0, 0, rate))  # no time, no decay: 0 * -inf is NaN
 
     def combine(earlier: Diagonal, later: Diagonal) -> Diagonal:
         drive = decay(later.log_decay) * earlier.drive + later.drive

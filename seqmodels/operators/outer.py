@@ -45,7 +45,7 @@ def outer_recurrence(*, read_before: bool = False) -> Recurrence:
         segment = jnp.cumsum(reset.astype(jnp.int32))
         scores = jnp.where(segment[:, None] == segment[None], scores, 0)
         carried = (_f32(inputs.query) * jnp.exp(reach)) @ state
-        inside = compat.wide_einsum("ij,jv->iv", scores.astype(inputs.value.dtype), inputs.value)
+        inside = compat.wide_einsum("ij,jv->iv", scores.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
         return inside + jnp.where(segment[:, None] == 0, carried, 0)
 
     return Recurrence(
@@ -89,7 +89,7 @@ def _fold(inputs: Outer, reset: Bool[Array, "C"]) -> OuterElement:
     kept = since_last_reset(reset)[:, None]
     log_decay = jnp.where(kept, _log_decays(inputs), 0)
     key = jnp.where(kept, _f32(inputs.key) * jnp.exp(after_each(log_decay)), 0)
-    memory = compat.wide_einsum("ck,cv->kv", key.astype(inputs.value.dtype), inputs.value)
+    memory = compat.wide_einsum("ck,cv->kv", key.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
     return OuterElement(jnp.sum(log_decay, axis=0), memory)
 
 

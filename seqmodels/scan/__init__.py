@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmodels.scan.associative import associative
 from seqmodels.scan.auto import METHODS, choose
@@ -48,12 +49,13 @@ def scan(
     reset, valid = _checked(recurrence, inputs, reset, valid, chunk)
     length = jax.tree.leaves(inputs)[0].shape[0]
     method = _method(recurrence, method, length)
+    inputs = jax.tree.map(jnp.asarray, inputs)
     inputs = hide_invalid(recurrence, inputs, valid)
     if method == "tree":
         _check_counter(state)
         return tree(recurrence, inputs, state, reset, valid)
     if method == "chunked":
-        return chunked(recurrence, inputs, state, reset, valid, chunk or DEFAULT_CHUNK)
+        return chunked(recurrence, inputs, state, reset, valid, int(chunk or DEFAULT_CHUNK))
     run = sequential if method == "sequential" else associative
     return run(recurrence, inputs, state, reset, valid)
 
@@ -90,7 +92,7 @@ def sharded_scan(
         )
     reset, valid = _checked(recurrence, inputs, reset, valid, chunk)
     visible = hide_invalid(recurrence, inputs, valid)
-    span = span_element(recurrence, visible, reset, valid, chunk or DEFAULT_CHUNK)
+    span = span_element(recurrence, visible, reset, valid, int(chunk or DEFAULT_CHUNK))
     carry, last = sharded_carry(recurrence, span, take(visible, 0), state, axis_name)
     outputs, _ = scan(recurrence, inputs, carry, reset=reset, valid=valid, method=method, chunk=chunk)
     return outputs, last
@@ -106,7 +108,7 @@ def _checked(
     if len(lengths) != 1 or lengths & {None, 0}:
         raise ValueError(f"every input needs the same leading time axis of at least 1, not {shapes(inputs)}")
     (length,) = lengths
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (not isinstance(chunk, int | np.integer) or chunk < 1):
         raise ValueError(f"chunk is a number of steps of at least 1, not {chunk!r}")
     masks = []
     for name, mask in (("reset", reset), ("valid", valid)):

@@ -161,6 +161,12 @@ def settle(
     state = initial if state is None else precise(state)
     if jax.tree.structure(initial) != jax.tree.structure(state):
         raise ValueError(f"the state {shapes(state)} is not built like the initial one, {shapes(initial)}")
+    for given, own in zip(*map(jax.tree.leaves, (state, initial)), strict=True):
+        if jnp.ndim(own) and jnp.shape(given) != jnp.shape(own):
+            raise ValueError(
+                f"the state {shapes(state)} is not shaped like the initial one, {shapes(initial)}: "
+                "pass the state of one sequence, and map over batch and heads with jax.vmap"
+            )
     for _ in range(3):  # a step may widen a type that widens another; types only grow
         try:
             after = jax.eval_shape(lambda x, s: precise(advance(recurrence, x, s)), inputs_t, state)
@@ -188,10 +194,15 @@ def _as_carry(x: jax.Array, like: Any, invariant: str | None) -> jax.Array:
 
 
 def hide_invalid(recurrence: Recurrence, inputs: Tree, valid: jax.Array | None) -> Tree:
-    """Inputs whose invalid steps hold neutral values, or zeros where no `neutral` is known: padding may be NaN."""
+    """Inputs whose invalid steps hold neutral values, or where no `neutral` is known those of the first valid step.
+
+    Padding may be NaN; and zeros may be no input at all, where elements are divided by their norm.
+    """
     if valid is None:
         return inputs
-    inputs = select(valid, inputs, jax.tree.map(jnp.zeros_like, inputs))
+    first = take(inputs, jnp.argmax(valid))
+    first = lax.stop_gradient(select(jnp.any(valid), first, jax.tree.map(jnp.zeros_like, first)))
+    inputs = select(valid, inputs, jax.tree.map(lambda x, f: jnp.broadcast_to(f, x.shape), inputs, first))
     if recurrence.neutral is None:
         return inputs
     return select(valid, inputs, jax.vmap(recurrence.neutral)(inputs))

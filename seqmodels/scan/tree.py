@@ -183,6 +183,7 @@ def _tree(recurrence: Recurrence, elements: Tree, plan: _Plan, valid: jax.Array 
             end = jnp.nonzero(lowest, size=length >> (k + 1), fill_value=length)[0]
             at = jnp.minimum(end, length - 1)
             before, block = take(after, jnp.maximum(at - 2**k, 0)), take(nodes, jnp.maximum(rank[at], 0))
+            before = select(end < length, before, block)  # a lane that is not used must not meet a singular point
             after = put(end, combine(before, block))
     return levels, after
 

@@ -49,7 +49,9 @@ class TrainProgress:
         begin = time.perf_counter()
         yield
         if self._first is not None:
-            self._first += time.perf_counter() - begin
+            spent = time.perf_counter() - begin
+            self._first += spent
+            self._last += spent
 
     def advance(self, step: int) -> None:
         """Step `step` has finished on the device."""

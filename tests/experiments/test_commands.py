@@ -22,6 +22,7 @@ from seqmodels import params
 from seqmodels.data import VOCAB_SIZE
 from seqmodels.train.metrics import read_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"{number} plus {number} is {2 * number}.\n" for number in range(300))
 SMALL = "--model.width 16 --model.layers.0.0.2.window 8 --train.batch-size 2 --train.length 32 --log-every 1"
 

@@ -146,6 +146,17 @@ def test_diagonal_scan_equals_its_recurrence(kind: str, options: dict) -> None:
     assert got[1].dtype == (jnp.complex64 if "complex" in kind else jnp.float32)
 
 
+def test_a_fixed_decay_may_forget_at_once() -> None:
+    rate, drive = jnp.array([-jnp.inf, -1.0, 0.0]), jax.random.normal(jax.random.key(7), (1, 5, 3))
+    segments = Segments(jnp.zeros((1, 5), bool), jnp.arange(5)[None] < 4)
+    decay = np.broadcast_to(np.exp(np.asarray(rate, np.float64)), (1, 5, 3))
+    expected = _diagonal_loop(decay, drive, np.zeros((1, 3)), segments)
+    for method in ("sequential", "associative", "chunked"):
+        run = functools.partial(diagonal_scan, segments=segments, method=method, chunk=3)
+        chex.assert_trees_all_close(jax.jit(run)(rate, drive), expected, rtol=ROUNDING, atol=ROUNDING)
+        chex.assert_tree_all_finite(jax.jit(jax.grad(lambda d, run=run: jnp.sum(run(rate, d)[0] ** 2)))(drive))
+
+
 @pytest.mark.parametrize("options", METHODS[:2], ids=lambda m: m["method"])
 @pytest.mark.parametrize("kind", ["per head", "per key"])
 def test_gradients_of_everything_with_segments(kind: str, options: dict, x64: None, quick_compilation: None) -> None:

@@ -25,6 +25,7 @@ CONCATENATE = AFFINE.recurrence._replace(associative=False, act=None, initial=No
         ({"chunk": 0}, "chunk is a number of steps of at least 1, not 0"),
         ({"state": jnp.zeros(4)}, r"float32\[4\]"),
         ({"state": (jnp.zeros(3),)}, "not built like the initial one"),
+        ({"state": jnp.zeros((2, 3))}, r"not shaped like the initial one.*jax\.vmap"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict, message: str) -> None:

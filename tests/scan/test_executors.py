@@ -86,6 +86,22 @@ def test_a_reset_on_padding_still_resets_and_a_kept_first_flag_continues() -> No
         chex.assert_trees_all_close(outputs[2:], later, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_padding_meets_no_singular_point() -> None:
+    """Elements that are divided by their norm have no gradient at zero, and padding must not put them there."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(w: jax.Array, method: str) -> jax.Array:
+        unit = lambda x: (jnp.zeros(3), w @ x / jnp.linalg.norm(w @ x))
+        recurrence = AFFINE.recurrence._replace(elements=unit, read=lambda s, x: s, initial=lambda x: jnp.zeros(3))
+        inputs = jnp.where(valid[:, None], jnp.arange(1.0, 13.0).reshape(4, 3), jnp.nan)
+        return jnp.sum(scan(recurrence, inputs, valid=valid, method=method)[0] ** 2)
+
+    valid = jnp.array([False, True, True, False])
+    for method in ("sequential", "associative"):
+        chex.assert_tree_all_finite(gradient(jnp.eye(3) + 0.1, method))
+
+
 def test_a_function_of_update_alone_never_builds_elements() -> None:
     def refuse(_: Any) -> Any:
         raise AssertionError("the sequential form has `update` and needs no element")

@@ -143,6 +143,20 @@ def test_gradients_of_tree_and_counter_agree_and_reach_the_state(quick_compilati
     chex.assert_trees_all_close(split(inputs, 6), whole, rtol=1e-5, atol=1e-6)
 
 
+def test_unused_lanes_of_the_tree_leave_no_trace_in_gradients() -> None:
+    """A combine that is singular at zero: sqrt(w a b)."""
+    items = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+
+    @jax.jit
+    @jax.value_and_grad
+    def by(w: jax.Array, state: Any) -> jax.Array:
+        recurrence = MIX._replace(combine=lambda a, b: jnp.sqrt(w * a * b), read=lambda p, x: jnp.where(p[1], p[0], x))
+        return jnp.sum(scan(recurrence, items, state)[0])
+
+    counter = empty_counter(MIX._replace(combine=lambda a, b: a), items[0])
+    chex.assert_trees_all_close(by(2.0, None), by(2.0, counter), rtol=1e-6)
+
+
 def test_a_counter_past_its_levels_says_nan() -> None:
     recurrence = _smooth()
     ones = jnp.ones((9, 2))
