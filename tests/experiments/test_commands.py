@@ -35,7 +35,10 @@ def run_dir(tmp_path_factory) -> Path:
     for part in range(3):
         (folder / "text" / f"{part}.txt").write_text(TEXT)
     flags = f"{SMALL} --data.source {folder / 'text'} --steps 4 --checkpoint-every 2 --workdir {folder / 'out'}"
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)  # as quick_compilation, which serves single tests
     train_command.main(["demo", *flags.split()])
+    jax.config.update("jax_disable_most_optimizations", before)
     return folder / "out"
 
 
