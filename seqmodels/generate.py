@@ -121,8 +121,12 @@ class Stream(Iterator[np.ndarray]):
         capacity: int | None = None,
     ) -> None:
         tokens, lengths = _as_rows(prompt, valid)
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; it has to be at least 1")
+        if not isinstance(steps, int | np.integer) or steps < 1:
+            raise ValueError(f"steps is {steps!r}; it has to be a whole number of at least 1")
+        if state is not None and not isinstance(state, GenerationState):
+            raise TypeError(
+                f"state is a {type(state).__name__}; pass the state that an earlier generate or stream returned"
+            )
         check_settings(temperature, top_k, top_p, key)
         definition, self._arrays = params.split(model)
         self._programs = _programs(definition)

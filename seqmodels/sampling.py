@@ -55,3 +55,5 @@ def check_settings(temperature: float, top_k: int | None, top_p: float | None, k
         raise ValueError(f"top_p is {top_p}; it has to be in (0, 1]")
     if key is None and temperature > 0:
         raise ValueError("sampling needs a key, such as key=jax.random.key(0); temperature=0 does without")
+    if key is not None and not isinstance(key, jax.Array):
+        raise TypeError(f"key is {key!r}; make one with jax.random.key({key!r})")

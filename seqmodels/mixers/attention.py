@@ -42,6 +42,12 @@ class AttentionConfig(MixerConfig):
         groups = self.heads if self.kv_heads is None else self.kv_heads
         if self.heads < 1 or groups < 1 or self.heads % groups:
             raise ValueError(f"heads={self.heads} do not divide into kv_heads={groups} groups; choose a divisor")
+        if self.head_size is not None and self.head_size < 1:
+            raise ValueError(f"head_size must be at least 1, not {self.head_size}; None is width / heads")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction is the part of a head that rotates, in (0, 1], not {self.rope_fraction}")
+        if self.logits_cap is not None and self.logits_cap <= 0:
+            raise ValueError(f"logits_cap must be positive, or None for no cap, not {self.logits_cap}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} keys leave not even the own one; use 1 or more, or None for all")
         if self.positions not in list(Positions):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from seqmodels.layers.linear import Linear, along_last, scaled
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.short_conv import ShortConv
+from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
 from seqmodels.params import Group, param
 from seqmodels.typing import Context, MixerConfig
@@ -49,9 +50,12 @@ class Mamba2Config(MixerConfig):
     chunk: int | None = None
 
     def __post_init__(self):
-        for field in ("head_size", "state_size", "groups"):
+        check_method(self.method, self.chunk)
+        for field in ("head_size", "state_size", "groups", "conv_width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.expansion <= 0:
+            raise ValueError(f"expansion must be positive, not {self.expansion}")
         for field in ("decay_range", "step_range"):
             low, high = getattr(self, field)
             if not 0 < low <= high:

@@ -16,6 +16,7 @@ from seqmodels.layers.carry import token_positions
 from seqmodels.layers.linear import BlockDiagonalLinear, Linear, along_last, scaled
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.diagonal import diagonal_scan
+from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
 from seqmodels.typing import Context, MixerConfig
 
@@ -46,8 +47,10 @@ class RGLRUConfig(MixerConfig):
     method: str = "auto"
 
     def __post_init__(self):
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be at least 1, not {self.blocks}")
+        check_method(self.method)
+        for field in ("blocks", "conv_width"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.recurrent_size is not None and self.recurrent_size % self.blocks:
             raise ValueError(f"recurrent_size={self.recurrent_size} does not divide into {self.blocks} blocks")
         if not 0 < self.min_decay < self.max_decay < 1:

@@ -46,6 +46,8 @@ class ModelConfig:
         for field in ("vocab_size", "width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.logits_cap is not None and self.logits_cap <= 0:
+            raise ValueError(f"logits_cap must be positive, or None for no cap, not {self.logits_cap}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not one of {DTYPES}")
         if self.channel is not None and not isinstance(self.channel, ChannelConfig):

@@ -10,6 +10,16 @@ from seqmodels.scan import Recurrence, scan, sharded_scan
 from seqmodels.scan.auto import choose
 from seqmodels.typing import Segments
 
+METHODS = ("auto", "sequential", "associative", "chunked", "pallas")
+
+
+def check_method(method: str, chunk: int | None = None) -> None:
+    """Raises ValueError on what no family can run; for configs, before anything is built."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is a number of steps of at least 1, not {chunk}")
+
 
 def run_family(
     family: str,
@@ -27,6 +37,7 @@ def run_family(
 
     Raises ValueError where `method` cannot serve the family.
     """
+    check_method(method, chunk)
     if method == "pallas":
         raise ValueError(
             f"method='pallas': there is no kernel for the {family} family on {jax.default_backend()} yet; "
