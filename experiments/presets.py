@@ -52,7 +52,6 @@ _LOCAL = AttentionConfig(heads=2, kv_heads=1, window=32)
 _MINUTES = TrainConfig(
     steps=1600, batch_size=8, length=256, learning_rate=6e-3, warmup=30, weight_decay=0.05, log_every=50
 )
-_LONGER = dataclasses.replace(_MINUTES, steps=3000, learning_rate=4e-3, warmup=100)
 
 
 def demo() -> Experiment:
@@ -66,13 +65,14 @@ def demo() -> Experiment:
 
 
 def griffin() -> Experiment:
-    """Two periods of Griffin's 2:1 hybrid (RG-LRU, RG-LRU, sliding attention), wider and trained longer.
+    """Two periods of Griffin's 2:1 hybrid (RG-LRU, RG-LRU, sliding attention), and wider.
 
     Command: python -m experiments.train griffin
-    Size: 1.05 M parameters, 6.1 M tokens.
-    Expect: TODO
+    Size: 1.05 M parameters, 3.3 M tokens.
+    Expect: 1.80 bits per byte held out.
     """
-    return Experiment(_hybrid(128, repeats=2), _LONGER, DataConfig())
+    slower = dataclasses.replace(_MINUTES, learning_rate=4e-3, warmup=100)
+    return Experiment(_hybrid(128, repeats=2), slower, DataConfig())
 
 
 def attention() -> Experiment:
@@ -80,7 +80,7 @@ def attention() -> Experiment:
 
     Command: python -m experiments.train attention
     Size: 0.27 M parameters, 3.3 M tokens.
-    Expect: TODO
+    Expect: 2.12 bits per byte held out.
     """
     return Experiment(_small((AttentionConfig(heads=2, kv_heads=1),) * 3, 96), _MINUTES, DataConfig())
 
@@ -90,7 +90,7 @@ def sliding_attention() -> Experiment:
 
     Command: python -m experiments.train sliding_attention
     Size: 0.27 M parameters, 3.3 M tokens.
-    Expect: TODO
+    Expect: 2.07 bits per byte held out.
     """
     return Experiment(_small((_LOCAL,) * 3, 96), _MINUTES, DataConfig())
 
@@ -100,7 +100,7 @@ def rg_lru() -> Experiment:
 
     Command: python -m experiments.train rg_lru
     Size: 0.33 M parameters, 3.3 M tokens.
-    Expect: TODO
+    Expect: 1.92 bits per byte held out.
     """
     return Experiment(_small((_recurrent(96),) * 3, 96), _MINUTES, DataConfig())
 
@@ -110,7 +110,7 @@ def mamba2() -> Experiment:
 
     Command: python -m experiments.train mamba2
     Size: 0.38 M parameters, 3.3 M tokens.
-    Expect: TODO
+    Expect: 1.80 bits per byte held out.
     """
     return Experiment(_small((Mamba2Config(head_size=32, state_size=32),) * 3, 96), _MINUTES, DataConfig())
 
