@@ -17,7 +17,7 @@ nbformat = pytest.importorskip("nbformat")
 
 LINES = 60  # of the reader's own code
 MEBIBYTE = 2**20
-PLACES = ("/home/", "/root/", "/tmp/", "/usr/", "/work/", "\\Users\\", "http://", "site-packages")
+PLACES = ("/home/", "/tmp/", "/usr/", "\\Users\\", "http://", "site-packages")
 # What the page says of the two models on the second half of the long games. Runs differ: four of the compass lay
 # between 0.90 and 1.00, and guessing is 1/3.
 COMPASS_FINDS, BASELINE_FINDS = 0.75, 0.40
