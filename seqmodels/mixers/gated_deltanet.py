@@ -16,7 +16,7 @@ from seqmodels.layers.linear import Linear, along_last, scaled
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.rates import check_ranges, log_uniform_rates, step_biases
 from seqmodels.layers.short_conv import ShortConv
-from seqmodels.mixers.gla import head_sizes
+from seqmodels.mixers.gla import head_size
 from seqmodels.operators.delta import delta_rule
 from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
@@ -39,32 +39,41 @@ class GatedDeltaNetConfig(MixerConfig):
         o_t = S_t^T q_t / sqrt(key size)
         out = W_o (RMSNorm(o) * SiLU(W_g x))
 
-    Keys have `expand_key` times the model's width over all `heads`, values `expand_value` times. `decay=False` leaves
-    a_t at 1 and `output_gate=False` the gate out: with both, and expansions of 1, this is DeltaNet (2406.06484).
+    Keys have `expand_key` times the model's width over all `heads`, values `expand_value` times, unless `key_size` or
+    `value_size` give the size of one head. `value_heads`, a multiple of `heads` and None for as many, share the queries
+    and keys of `heads`: head h has those of h // (value_heads / heads) (Qwen3-Next); all else is per value head.
+
+    `decay=False` leaves a_t at 1 and `output_gate=False` the gate out: with both this is DeltaNet (`DeltaNetConfig`).
     The norm is per head, with one scale for all heads. At initialisation exp(a_log) is uniform in `decay_range`,
     softplus(dt_bias) log-uniform in `step_range`; the output projection has its variance divided by depth.
     """
 
     heads: int = 6
+    value_heads: int | None = None
     expand_key: float = 0.75
     expand_value: float = 1.5
+    key_size: int | None = None
+    value_size: int | None = None
     conv_width: int = 4
     eigenvalues: Eigenvalues = Eigenvalues.POSITIVE
     decay: bool = True
     output_gate: bool = True
     decay_range: tuple[float, float] = (1.0, 16.0)
     step_range: tuple[float, float] = (1e-3, 1e-1)
+    norm_eps: float = 1e-5
     method: str = "auto"
     chunk: int | None = None
 
     def __post_init__(self):
         check_method(self.method, self.chunk)
-        for field in ("heads", "conv_width"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        for field in ("expand_key", "expand_value"):
+        for field in ("heads", "value_heads", "key_size", "value_size", "conv_width"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, not {value}")
+        for field in ("expand_key", "expand_value", "norm_eps"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
+        if self.value_heads is not None and self.value_heads % self.heads:
+            raise ValueError(f"value_heads={self.value_heads} must be a multiple of heads={self.heads}")
         if self.eigenvalues not in list(Eigenvalues):
             raise ValueError(f"unknown eigenvalues {self.eigenvalues!r}; choose one of {[str(e) for e in Eigenvalues]}")
         check_ranges(self, "decay_range", "step_range")
@@ -83,27 +92,29 @@ class GatedDeltaNet(nnx.Module):
 
     def __init__(self, config: GatedDeltaNetConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.config = config
-        self.key_size, self.value_size = head_sizes(width, config)
-        self.keys, self.values = config.heads * self.key_size, config.heads * self.value_size
+        self.heads = config.value_heads or config.heads
+        self.key_size = config.key_size or head_size(width, config, "expand_key", config.heads)
+        self.value_size = config.value_size or head_size(width, config, "expand_value", self.heads)
+        self.keys, self.values = config.heads * self.key_size, self.heads * self.value_size
         inner = functools.partial(Linear, width, rngs=rngs, axes=("embed", "heads"))
         self.input = inner(2 * self.keys + self.values)
         # Variance 1/3 over the width is that of the published code, uniform in +-1/sqrt(width).
         self.conv = ShortConv(
             2 * self.keys + self.values, config.conv_width, rngs=rngs, bias=False, variance=1 / 3, axis="heads"
         )
-        self.beta = inner(config.heads)
-        self.step = inner(config.heads) if config.decay else None
+        self.beta = inner(self.heads)
+        self.step = inner(self.heads) if config.decay else None
         if config.decay:
-            per_head = functools.partial(param, rngs, (config.heads,), group=Group.DYNAMICS, axes=("heads",))
+            per_head = functools.partial(param, rngs, (self.heads,), group=Group.DYNAMICS, axes=("heads",))
             self.a_log = per_head(log_uniform_rates(*config.decay_range))
             self.dt_bias = per_head(step_biases(*config.step_range))
         self.gate = inner(self.values) if config.output_gate else None
-        self.norm = RMSNorm(self.value_size, rngs=rngs, eps=1e-5, axis=None)
+        self.norm = RMSNorm(self.value_size, rngs=rngs, eps=config.norm_eps, axis=None)
         self.out = Linear(self.values, width, rngs=rngs, axes=("heads", "embed"), init=scaled(1.0 / depth))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> GatedDeltaNetState:
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""
-        shape = (batch, self.config.heads, self.key_size, self.value_size)
+        shape = (batch, self.heads, self.key_size, self.value_size)
         memory = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
         return GatedDeltaNetState(self.conv.init_state(batch, dtype), memory)
 
@@ -116,14 +127,14 @@ class GatedDeltaNet(nnx.Module):
             raise ValueError(f"a state of {state.memory.shape[0]} rows cannot continue x of shape {x.shape}")
 
         x = jnp.where(segments.valid[..., None], x, 0)
-        heads = lambda y: y.reshape(*x.shape[:2], config.heads, -1)
+        heads = lambda y, size: y.reshape(*x.shape[:2], -1, size)
         mixed, conv = self.conv(self.input(x), state.conv, context)
         query, key, value = jnp.split(jax.nn.silu(mixed), (self.keys, 2 * self.keys), axis=-1)
         beta, log_decay = self._gates(x)
         y, memory = delta_rule(
-            unit(heads(query)) * self.key_size**-0.5,
-            unit(heads(key)),
-            heads(value),
+            unit(heads(query, self.key_size)) * self.key_size**-0.5,
+            unit(heads(key, self.key_size)),
+            heads(value, self.value_size),
             beta,
             log_decay,
             state.memory,

@@ -58,15 +58,15 @@ class GLAState(NamedTuple):
 
 def head_sizes(width: int, config: Any) -> tuple[int, int]:
     """Key and value size of each of a config's `heads`; ValueError where they do not come out whole."""
-    sizes = []
-    for field in ("expand_key", "expand_value"):
-        size = getattr(config, field) * width / config.heads
-        if size < 1 or size != round(size):
-            raise ValueError(
-                f"{field}={getattr(config, field)} times the width {width} does not divide into heads={config.heads}"
-            )
-        sizes.append(round(size))
-    return sizes[0], sizes[1]
+    return head_size(width, config, "expand_key", config.heads), head_size(width, config, "expand_value", config.heads)
+
+
+def head_size(width: int, config: Any, field: str, heads: int) -> int:
+    """Size of one of `heads` that have `config.field` times the width together; ValueError where it is not whole."""
+    size = getattr(config, field) * width / heads
+    if size < 1 or size != round(size):
+        raise ValueError(f"{field}={getattr(config, field)} times the width {width} does not divide into heads={heads}")
+    return round(size)
 
 
 class GLA(nnx.Module):

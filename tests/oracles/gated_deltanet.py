@@ -2,7 +2,8 @@
 
 S_t = S_{t-1} (alpha_t (I - beta_t k_t k_t^T)) + beta_t v_t k_t^T with S of [value size, key size], as the paper writes
 it; the library keeps the transpose. Without `a_log` alpha is 1, without a gate the norm alone remains: DeltaNet
-(arXiv 2406.06484). Independent of the library. `parameters` is the nested dict of arrays of one mixer.
+(arXiv 2406.06484). With fewer `key_heads` than heads, neighbouring heads share queries and keys (Qwen3-Next).
+Independent of the library. `parameters` is the nested dict of arrays of one mixer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def gated_deltanet_layer(
     *,
     heads: int,
     keys: int,
+    key_heads: int | None = None,
     largest_beta: float = 1.0,
     eps: float = 1e-5,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -33,6 +35,7 @@ def gated_deltanet_layer(
     """
     taps = parameters["conv"]["kernel"]
     width = taps.shape[0]
+    groups = key_heads or heads
     values = parameters["out"]["kernel"].shape[0] // heads
     y, history, s = np.zeros_like(x), [], None
     if state is not None:
@@ -43,8 +46,8 @@ def gated_deltanet_layer(
         history.append(x[t] @ parameters["input"]["kernel"])
         mixed = sum(taps[width - 1 - back] * history[-1 - back] for back in range(min(width, len(history))))
         mixed = mixed * sigmoid(mixed)
-        q, k = (mixed[n * heads * keys : (n + 1) * heads * keys].reshape(heads, keys) for n in (0, 1))
-        v = mixed[2 * heads * keys :].reshape(heads, values)
+        q, k = (mixed[n * groups * keys : (n + 1) * groups * keys].reshape(groups, keys) for n in (0, 1))
+        v = mixed[2 * groups * keys :].reshape(heads, values)
         beta = largest_beta * sigmoid(x[t] @ parameters["beta"]["kernel"])
         alpha = np.ones(heads)
         if "a_log" in parameters:
@@ -52,7 +55,8 @@ def gated_deltanet_layer(
             alpha = np.exp(-np.exp(parameters["a_log"]) * step)
         read = []
         for h in range(heads):
-            unit_q, unit_k = (a / np.sqrt(a @ a + 1e-6) for a in (q[h], k[h]))
+            own = h * groups // heads
+            unit_q, unit_k = (a / np.sqrt(a @ a + 1e-6) for a in (q[own], k[own]))
             transition = alpha[h] * (np.eye(keys) - beta[h] * np.outer(unit_k, unit_k))
             s[h] = s[h] @ transition + beta[h] * np.outer(v[h], unit_k)
             o = s[h] @ unit_q / np.sqrt(keys)

@@ -31,6 +31,14 @@ DELTA = {
         GatedDeltaNetConfig(heads=2, decay=False, output_gate=False, expand_key=1.0, expand_value=1.0, conv_width=3),
         {"keys": 4},
     ),
+    "grouped": (
+        GatedDeltaNetConfig(heads=2, value_heads=6, key_size=3, value_size=5, norm_eps=1e-3),
+        {"keys": 3, "heads": 6, "key_heads": 2, "eps": 1e-3},
+    ),
+    "grouped-expanded": (
+        GatedDeltaNetConfig(heads=1, value_heads=2, expand_key=0.5, expand_value=2),
+        {"keys": 4, "heads": 2, "key_heads": 1},
+    ),
 }
 
 
@@ -38,7 +46,7 @@ DELTA = {
 def test_gated_deltanet(name: str) -> None:
     config, options = DELTA[name]
     largest = 2.0 if config.eigenvalues == Eigenvalues.SIGNED else 1.0
-    oracle = functools.partial(gated_deltanet_layer, heads=config.heads, largest_beta=largest, **options)
+    oracle = functools.partial(gated_deltanet_layer, **{"heads": config.heads, "largest_beta": largest, **options})
     case = Case(config, oracle)
     after, expected = case.check(STARTS)
     chex.assert_trees_all_close(jnp.swapaxes(after.memory[0], 1, 2), expected["memory"], rtol=EXACT, atol=EXACT)
