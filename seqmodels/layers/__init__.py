@@ -3,7 +3,7 @@
 from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window
 from seqmodels.layers.linear import BlockDiagonalLinear, Linear
 from seqmodels.layers.mlp import Activation, MLPConfig
-from seqmodels.layers.norms import LayerNorm, RMSNorm
+from seqmodels.layers.norms import LayerNorm, NormConfig, NormKind, RMSNorm
 from seqmodels.layers.positions import Positions, alibi_slopes, rope
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.layers.stack import Block, LayerGroups, Stack
@@ -17,6 +17,8 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MLPConfig",
+    "NormConfig",
+    "NormKind",
     "Positions",
     "Queries",
     "RMSNorm",

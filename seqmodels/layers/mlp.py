@@ -37,18 +37,21 @@ def activate(kind: Activation, x: Array) -> Array:
 class MLPConfig(ChannelConfig):
     """A (gated) MLP: down(act(gate x) * up x), or down(act(up x)) without the gate (arXiv 2002.05202).
 
-    The hidden width is `expansion` times the model's, rounded up to a multiple of 8. The last projection starts with
-    variance 2 / depth over its fan-in (Griffin, arXiv 2402.19427).
+    The hidden width is `expansion` times the model's, rounded up to a multiple of 8, or just `hidden`. The last
+    projection starts with variance 2 / depth over its fan-in (Griffin, arXiv 2402.19427).
     """
 
     expansion: float = 3.0
     activation: Activation = Activation.GELU
     gated: bool = True
     bias: bool = False
+    hidden: int | None = None
 
     def __post_init__(self):
         if self.expansion <= 0:
             raise ValueError(f"expansion must be positive, not {self.expansion}")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden must be at least 1, or None for expansion times the width, not {self.hidden}")
         if self.activation not in list(Activation):
             raise ValueError(f"unknown activation {self.activation!r}; choose one of {[str(a) for a in Activation]}")
 
@@ -61,7 +64,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: MLPConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.activation = Activation(config.activation)
-        hidden = 8 * math.ceil(round(config.expansion * width, 6) / 8)
+        hidden = config.hidden or 8 * math.ceil(round(config.expansion * width, 6) / 8)
         inner = functools.partial(Linear, width, hidden, rngs=rngs, axes=("embed", "mlp"), bias=config.bias)
         self.up = inner()
         self.gate = inner() if config.gated else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 
 from seqmodels import params
 from seqmodels.layers.dropout import check_dropout, dropout
-from seqmodels.layers.norms import RMSNorm
+from seqmodels.layers.norms import NormConfig
 from seqmodels.typing import ChannelConfig, Context, MixerConfig
 
 LAYER = "layer"
@@ -82,7 +83,7 @@ def alignment(layers: LayerGroups) -> int:
 
 
 class Residual(nnx.Module):
-    """x + dropout(layer(RMSNorm(x))), for a mixer or a channel layer."""
+    """x + dropout(layer(norm(x))), for a mixer or a channel layer."""
 
     def __init__(
         self,
@@ -92,11 +93,12 @@ class Residual(nnx.Module):
         layer: int,
         depth: int,
         dropout: float,
+        norm: NormConfig,
         rngs: nnx.Rngs,
     ):
         self.is_channel = isinstance(config, ChannelConfig)
         self.dropout = dropout
-        self.norm = RMSNorm(width, rngs=rngs)
+        self.norm = norm.make(width, rngs=rngs)
         self.layer = config.make(width, layer=layer, depth=depth, rngs=rngs)
 
     def __call__(self, x: Array, state: Any, context: Context) -> tuple[Array, Any, dict[str, Array], Context]:
@@ -155,6 +157,7 @@ class Stack(nnx.Module):
         channel: ChannelConfig | None = None,
         remat: bool = True,
         dropout: float = 0.0,
+        norm: NormConfig | None = None,
     ):
         check_layers(layers)
         check_dropout(dropout)
@@ -163,6 +166,9 @@ class Stack(nnx.Module):
         self.repeats = tuple(repeats for _, repeats in layers)
         self.periods = tuple(len(pattern) for pattern, _ in layers)
         depth = sum(length * repeats for length, repeats in zip(self.periods, self.repeats, strict=True))
+        make = functools.partial(
+            Residual, width=width, depth=depth, dropout=dropout, norm=norm or NormConfig(), rngs=rngs
+        )
         groups, layer = [], 0
         for pattern, repeats in layers:
             made = []
@@ -170,8 +176,7 @@ class Stack(nnx.Module):
                 steps, numbers = [], []
                 for number, element in enumerate(pattern):
                     for config in layer_configs(element, channel):
-                        step = Residual(config, width, layer=layer + number, depth=depth, dropout=dropout, rngs=rngs)
-                        steps.append(step)
+                        steps.append(make(config, layer=layer + number))
                         numbers.append(number)
                 made.append(Period(steps, tuple(numbers)))
                 layer += len(pattern)

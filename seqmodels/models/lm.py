@@ -15,7 +15,7 @@ from seqmodels import compat, params
 from seqmodels.layers.carry import token_positions
 from seqmodels.layers.dropout import check_dropout, dropout
 from seqmodels.layers.linear import Linear
-from seqmodels.layers.norms import RMSNorm
+from seqmodels.layers.norms import NormConfig
 from seqmodels.layers.stack import LayerGroups, Stack, alignment, check_layers, configs_of
 from seqmodels.params import Group, param
 from seqmodels.typing import ChannelConfig, Context, Segments
@@ -31,6 +31,7 @@ class ModelConfig:
     `(((R, R, A), 8), ((R, R), 1))`. A bare mixer is followed by `channel`, if that is given.
     `dtype`: of activations; parameters, recurrent states and logits are float32. `remat`: recompute each period of
     layers in the backward pass. `embed_scale`: multiply embeddings by sqrt(width); `logits_cap` c: c tanh(logits / c).
+    `norm`: the one before every layer and before the head; `embedding_norm`: one more right after the embedding (RWKV).
     `dropout`: rate on embeddings and on what each layer adds, while training: `forward` draws it from its key alone.
     """
 
@@ -44,6 +45,8 @@ class ModelConfig:
     embed_scale: bool = False
     logits_cap: float | None = None
     dropout: float = 0.0
+    norm: NormConfig = dataclasses.field(default_factory=NormConfig)
+    embedding_norm: bool = False
 
     def __post_init__(self):
         for field in ("vocab_size", "width"):
@@ -101,8 +104,10 @@ class LanguageModel(nnx.Module):
             channel=config.channel,
             remat=config.remat,
             dropout=config.dropout,
+            norm=config.norm,
         )
-        self.norm = RMSNorm(config.width, rngs=rngs)
+        self.norm = config.norm.make(config.width, rngs=rngs)
+        self.embedding_norm = config.norm.make(config.width, rngs=rngs) if config.embedding_norm else None
         head = functools.partial(Linear, config.width, config.vocab_size, rngs=rngs, axes=("embed", "vocab"))
         self.head = None if config.tied else head()
 
@@ -154,6 +159,8 @@ class LanguageModel(nnx.Module):
         x = jnp.take(embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
         if self.config.embed_scale:
             x = x * self.config.width**0.5
+        if self.embedding_norm is not None:
+            x = params.gathered(self.embedding_norm, self.parameter_axis)(x)
         x = dropout(x, self.config.dropout, context)
         x, layers, aux = self.stack(x, None if state is None else state.layers, context)
         norm = params.gathered(self.norm, self.parameter_axis)

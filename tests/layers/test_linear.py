@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqmodels.layers import BlockDiagonalLinear, LayerNorm, Linear, MLPConfig, RMSNorm
+from seqmodels.layers import BlockDiagonalLinear, LayerNorm, Linear, MLPConfig, NormConfig, RMSNorm
 from seqmodels.typing import Context
 
 # A few float32 roundings in sums of at most 64 terms.
@@ -61,6 +61,23 @@ def test_norms(kind: type) -> None:
     chex.assert_trees_all_close(norm(x), expected, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_norms_by_config() -> None:
+    x = normal(2, 5, 8)
+    centred = NormConfig(eps=1e-3, zero_centred=True).make(8, rngs=nnx.Rngs(0))
+    unit = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-3)
+    chex.assert_trees_all_close(centred(x), unit, rtol=ROUNDING, atol=ROUNDING)
+    centred.scale[...] = jnp.arange(8.0)
+    chex.assert_trees_all_close(centred(x), unit * np.arange(1.0, 9.0), rtol=ROUNDING, atol=ROUNDING)
+    plain = NormConfig("layer", eps=1e-3, bias=False).make(8, rngs=nnx.Rngs(0))
+    assert plain.bias is None
+    expected = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-3)
+    chex.assert_trees_all_close(plain(x), expected, rtol=ROUNDING, atol=ROUNDING)
+    with pytest.raises(ValueError, match=r"unknown norm 'batch'.*rms"):
+        NormConfig("batch")
+    with pytest.raises(ValueError, match="zero_centred belongs to kind='rms'"):
+        NormConfig("layer", zero_centred=True)
+
+
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_norms_of_bfloat16_are_computed_in_float32(kind: type) -> None:
     x = jnp.asarray(normal(3, 4096) + 8, jnp.bfloat16)
@@ -89,6 +106,8 @@ def test_mlp(activation: str, gated: bool) -> None:
     chex.assert_trees_all_close(y, hidden @ down, rtol=ROUNDING, atol=ROUNDING)
     assert state == mlp.init_state(2) == ()
     assert aux == {}
+    exact = MLPConfig(expansion=1.9, hidden=15).make(8, layer=0, depth=1, rngs=nnx.Rngs(0))
+    assert exact.up.kernel[...].shape == (8, 15)
 
 
 def test_mlp_keeps_nan_in_padding_away_from_gradients() -> None:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from seqmodels import params
-from seqmodels.layers import Block, MLPConfig
+from seqmodels.layers import Block, MLPConfig, NormConfig
 from seqmodels.mixers import AttentionConfig, Mamba2Config, RGLRUConfig
 from seqmodels.models import LanguageModel, LMState, ModelConfig
 from seqmodels.typing import Segments
@@ -215,3 +215,21 @@ def test_equal_documents_leave_equal_states(hybrid: Any) -> None:
 def test_attention_that_looks_ahead_is_no_part_of_a_language_model() -> None:
     with pytest.raises(ValueError, match=r"through AttentionConfig\(.*causal=False.*set causal=True"):
         make((((AttentionConfig(heads=4, causal=False),), 1),))
+
+
+def test_norms_of_the_config_stand_before_every_layer_after_the_embedding_and_before_the_head() -> None:
+    """One layer by hand: the norm that is asked for, with its eps, in all three places."""
+    model = make((((MLP,), 1),), norm=NormConfig("layer", eps=1e-2), embedding_norm=True, tied=False)
+    tokens = random_tokens()
+    (step,) = params.split(model.stack.groups[0])[1]["steps"].values()
+    assert set(step["norm"]) == {"scale", "bias"}
+
+    def norm(x: Any) -> Any:
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-2)
+
+    x = norm(model.embedding[...][tokens])
+    up, gate, down = (step["layer"][name]["kernel"][0] for name in ("up", "gate", "down"))
+    inner = norm(x)
+    x = x + (jax.nn.gelu(inner @ gate) * (inner @ up)) @ down
+    expected = norm(x) @ model.head.kernel[...]
+    chex.assert_trees_all_close(model(tokens)[0], expected, rtol=ROUNDING, atol=ROUNDING)
