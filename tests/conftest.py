@@ -21,7 +21,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax  # noqa: E402  (after the environment)
 import pytest  # noqa: E402
 
+from tests import evidence  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--evidence", metavar="FILE", help="keep the largest errors against oracles (without -n)")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--evidence"):
+        evidence.write(Path(session.config.getoption("--evidence")))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,6 +20,7 @@ from seqmodels import params
 from seqmodels.layers.positions import Positions
 from seqmodels.mixers import AttentionConfig, Mamba2Config, MLSTMConfig, RGLRUConfig, SLSTMConfig
 from seqmodels.typing import Context, MixerConfig, Segments
+from tests import evidence
 from tests.oracles.attention import attention
 from tests.oracles.differences import check_gradient
 from tests.oracles.mamba2 import mamba2_block
@@ -34,6 +35,12 @@ EXACT = 1e-11
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 
+def file_of(oracle: Callable[..., Any]) -> str:
+    """Where an oracle stands, below the project's root."""
+    function = oracle.func if isinstance(oracle, functools.partial) else oracle
+    return function.__module__.replace(".", "/") + ".py"
+
+
 class Case:
     """A mixer with float64 parameters, its oracle, and a loss that weighs every output."""
 
@@ -45,6 +52,7 @@ class Case:
         self.x = random.standard_normal((LENGTH, WIDTH))
         self.weights = random.standard_normal((LENGTH, WIDTH))
         self.oracle = oracle
+        self.record = functools.partial(evidence.record, type(config).__name__, file_of(oracle))
         self.mix = lambda arrays, x, state, context: params.merge(definition, arrays)(x[None], state, context)
 
     def check(self, starts: set[int], state: Any = None, oracle_state: Any = None) -> tuple[Any, Any]:
@@ -63,6 +71,7 @@ class Case:
         run = lambda point: self.oracle(point[1], point[0], starts, *given)
         expected = run((self.arrays, self.x))
         expected, expected_after = expected if isinstance(expected, tuple) else (expected, None)
+        self.record(evidence.relative_error(y, expected))
         chex.assert_trees_all_close(np.asarray(y), expected, rtol=EXACT, atol=EXACT)
 
         def oracle_loss(point: Any) -> float:

@@ -16,6 +16,7 @@ from seqmodels.layers import MLPConfig
 from seqmodels.layers.stack import Block
 from seqmodels.mixers import AttentionConfig, PrefixScan
 from seqmodels.typing import Context, Segments
+from tests import evidence
 from tests.oracles.differences import check_gradient
 from tests.oracles.psm import psm
 
@@ -48,6 +49,7 @@ def test_psm(causal_aggregator: bool) -> None:
 
     expected = oracle(x, arrays)
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, x, None)
+    evidence.record("PrefixScan", "tests/oracles/psm.py", evidence.relative_error(y, expected))
     chex.assert_trees_all_close(np.asarray(y), expected, rtol=EXACT, atol=EXACT)
     _, streamed = jax.jit(loss)(arrays, x, mixer.init_state(1, LENGTH, jnp.float64))
     chex.assert_trees_all_close(np.asarray(streamed), expected, rtol=EXACT, atol=EXACT)
