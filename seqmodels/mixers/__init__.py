@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 from seqmodels.mixers.attention import AttentionConfig
 from seqmodels.mixers.gated_deltanet import Eigenvalues, GatedDeltaNetConfig
+from seqmodels.mixers.gated_rnn import GatedRNNConfig
 from seqmodels.mixers.gla import GLAConfig
 from seqmodels.mixers.mamba2 import Mamba2Config
+from seqmodels.mixers.mingru import MinGRUConfig
+from seqmodels.mixers.minlstm import MinLSTMConfig
 from seqmodels.mixers.mlstm import MLSTMConfig
 from seqmodels.mixers.psm import PrefixScan
 from seqmodels.mixers.rg_lru import RGLRUConfig
@@ -17,8 +20,11 @@ __all__ = [
     "Eigenvalues",
     "GLAConfig",
     "GatedDeltaNetConfig",
+    "GatedRNNConfig",
     "MLSTMConfig",
     "Mamba2Config",
+    "MinGRUConfig",
+    "MinLSTMConfig",
     "PrefixScan",
     "RGLRUConfig",
     "SLSTMConfig",
@@ -36,5 +42,8 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "gated_deltanet", GatedDeltaNetConfig(heads=2, eigenvalues=Eigenvalues.SIGNED)
     yield "mlstm", MLSTMConfig()
     yield "slstm", SLSTMConfig()
+    yield "gated_rnn", GatedRNNConfig()
+    yield "mingru", MinGRUConfig()
+    yield "minlstm", MinLSTMConfig()
     pair = (((AttentionConfig(heads=2),), 1),)
     yield "psm", PrefixScan(aggregator=pair, inference=pair, chunk=4)
