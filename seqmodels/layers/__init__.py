@@ -3,6 +3,7 @@
 from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window
 from seqmodels.layers.linear import BlockDiagonalLinear, Linear
 from seqmodels.layers.mlp import Activation, MLPConfig
+from seqmodels.layers.moe import MoEConfig
 from seqmodels.layers.norms import LayerNorm, NormConfig, NormKind, RMSNorm
 from seqmodels.layers.positions import Positions, alibi_slopes, rope
 from seqmodels.layers.short_conv import ShortConv
@@ -17,6 +18,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MLPConfig",
+    "MoEConfig",
     "NormConfig",
     "NormKind",
     "Positions",
