@@ -46,7 +46,7 @@ class Linear(nnx.Module):
 
 
 class BlockDiagonalLinear(nnx.Module):
-    """y = x W + b with W of `blocks` equal square blocks on the diagonal (gates of the RG-LRU, arXiv 2402.19427)."""
+    """y = x W (+ b) with W of `blocks` equal square blocks on the diagonal (gates of the RG-LRU, arXiv 2402.19427)."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class BlockDiagonalLinear(nnx.Module):
         rngs: nnx.Rngs,
         axis: str | None = "recurrent",
         init: Initializer | None = None,
+        bias: bool = True,
         group: Group = Group.MATRIX,
         bias_group: Group = Group.BIAS,
     ):
@@ -64,10 +65,11 @@ class BlockDiagonalLinear(nnx.Module):
         block = size // blocks
         init = init or jax.nn.initializers.lecun_normal(batch_axis=0)
         self.kernel = param(rngs, (blocks, block, block), init, group=group, axes=(axis, None, None))
-        self.bias = param(rngs, (size,), jax.nn.initializers.zeros, group=bias_group, axes=(axis,))
+        zeros = jax.nn.initializers.zeros
+        self.bias = param(rngs, (size,), zeros, group=bias_group, axes=(axis,)) if bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         kernel = self.kernel[...].astype(x.dtype)
         blocked = x.reshape(*x.shape[:-1], *kernel.shape[:2])
         y = jnp.einsum("...hi,hij->...hj", blocked, kernel).reshape(x.shape)
-        return y + along_last(self.bias[...], y)
+        return y if self.bias is None else y + along_last(self.bias[...], y)

@@ -114,7 +114,7 @@ class MLSTM(nnx.Module):
             self.conv = ShortConv(inner, config.conv_width, rngs=rngs, variance=1 / 3)
             ones = jax.nn.initializers.ones
             self.skip = param(rngs, (inner,), ones, group=Group.DYNAMICS, axes=("recurrent",))
-            blocks = functools.partial(BlockDiagonalLinear, inner, inner // config.block_size, rngs=rngs)
+            blocks = functools.partial(BlockDiagonalLinear, inner, inner // config.block_size, rngs=rngs, bias=False)
             maps = [blocks(init=small(config.block_size)) for _ in range(3)]
         self.query, self.key, self.value = maps
 

@@ -23,7 +23,7 @@ def blocks(x: np.ndarray, parameters: dict[str, np.ndarray]) -> np.ndarray:
     """A block-diagonal map."""
     kernel = parameters["kernel"]
     parts = x.reshape(kernel.shape[:2])
-    return np.concatenate([part @ block for part, block in zip(parts, kernel, strict=True)]) + parameters["bias"]
+    return np.concatenate([part @ block for part, block in zip(parts, kernel, strict=True)])
 
 
 def head_norm(h: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
