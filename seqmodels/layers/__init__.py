@@ -6,6 +6,7 @@ from seqmodels.layers.mlp import Activation, MLPConfig
 from seqmodels.layers.moe import MoEConfig
 from seqmodels.layers.norms import LayerNorm, NormConfig, NormKind, RMSNorm
 from seqmodels.layers.positions import Positions, alibi_slopes, rope
+from seqmodels.layers.rwkv_channel import RWKVChannelConfig
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.layers.stack import Block, LayerGroups, Stack
 
@@ -24,6 +25,7 @@ __all__ = [
     "Positions",
     "Queries",
     "RMSNorm",
+    "RWKVChannelConfig",
     "Scoring",
     "ShortConv",
     "Stack",

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from seqmodels.layers.linear import along_last
 from seqmodels.params import Group, param
@@ -55,35 +55,50 @@ class ShortConv(nnx.Module):
         state = self.init_state(batch, x.dtype) if state is None else state
         if state.shape != (batch, self.width - 1, self.channels):
             raise ValueError(f"a state of shape {state.shape} cannot continue inputs of shape {x.shape}")
-        last = None
-        if context.sequence_axis is not None:
-            state, last = self._exchange(x, state, segments, context.sequence_axis)
         # Accumulated in the state's type: the sum is fused, and a split call then gives what a single one gives.
-        wide = jnp.promote_types(x.dtype, state.dtype)
-        row, document = self._row(x.astype(wide), state.astype(wide), segments)
+        row, document, last = with_history(x, state, context)
 
-        y = jnp.zeros(x.shape, wide)
+        y = jnp.zeros(x.shape, row.dtype)
         for index in range(self.width):
             same = document[:, index : index + length] == segments.ids
             tap = along_last(self.kernel[...][index], row)
             y += tap * jnp.where(same[..., None], row[:, index : index + length], 0)
         if self.bias is not None:
             y += along_last(self.bias[...], y)
-        last = _last_inputs(row, document, segments) if last is None else last
         return jnp.where(segments.valid[..., None], y, 0).astype(x.dtype), last
 
-    def _row(self, x: Array, state: Array, segments: Segments) -> tuple[Array, Array]:
-        """The state and the inputs, padding zeroed, as one row in time, and the document of each of its places."""
-        row = jnp.concatenate([state, jnp.where(segments.valid[..., None], x, 0)], axis=1)
-        return row, jnp.pad(segments.ids, [(0, 0), (self.width - 1, 0)])
 
-    def _exchange(self, x: Array, state: Array, segments: Segments, axis: str) -> tuple[Array, Array]:
-        """The inputs just before this device's span, and those at the end of the last device's."""
-        row, document = self._row(x.astype(jnp.promote_types(x.dtype, state.dtype)), jnp.zeros_like(state), segments)
-        own = segments.valid & (segments.ids == segments.ids[:, -1:])
-        element = (_last_inputs(row, document, segments), jnp.sum(own, axis=1, dtype=jnp.int32))
-        span = (jnp.any(segments.start, axis=1), element)
-        return jax.vmap(lambda span, state: sharded_carry(REGISTER, span, span[1], state, axis))(span, state)
+def with_history(
+    x: Float[Array, "B T D"], state: Float[Array, "B W D"], context: Context
+) -> tuple[Float[Array, "B W+T D"], Int[Array, "B W+T"], Float[Array, "B W D"]]:
+    """`(row, document, state)`: the last W inputs and those of this call as one row in time, and what to carry on.
+
+    `row` has zeros for padding; `document` is the number of the document at each of its places, 0 for what was carried
+    in. Under `context.sequence_axis` the row begins with the inputs just before this device's span, and the state
+    returned, the same on every device, holds those at the end of the last one's.
+    """
+    segments = context.segments
+    wide = jnp.promote_types(x.dtype, state.dtype)
+    x, state = x.astype(wide), state.astype(wide)
+    if context.sequence_axis is None:
+        row, document = _row(x, state, segments)
+        return row, document, _last_inputs(row, document, segments)
+    state, last = _exchange(x, state, segments, context.sequence_axis)
+    return (*_row(x, state, segments), last)
+
+
+def _row(x: Array, state: Array, segments: Segments) -> tuple[Array, Array]:
+    row = jnp.concatenate([state, jnp.where(segments.valid[..., None], x, 0)], axis=1)
+    return row, jnp.pad(segments.ids, [(0, 0), (state.shape[1], 0)])
+
+
+def _exchange(x: Array, state: Array, segments: Segments, axis: str) -> tuple[Array, Array]:
+    """The inputs just before this device's span, and those at the end of the last device's."""
+    row, document = _row(x, jnp.zeros_like(state), segments)
+    own = segments.valid & (segments.ids == segments.ids[:, -1:])
+    element = (_last_inputs(row, document, segments), jnp.sum(own, axis=1, dtype=jnp.int32))
+    span = (jnp.any(segments.start, axis=1), element)
+    return jax.vmap(lambda span, state: sharded_carry(REGISTER, span, span[1], state, axis))(span, state)
 
 
 def _shift(element: tuple[Array, Array], state: Array) -> Array:

@@ -12,6 +12,7 @@ from seqmodels.mixers.minlstm import MinLSTMConfig
 from seqmodels.mixers.mlstm import MLSTMConfig
 from seqmodels.mixers.psm import PrefixScan
 from seqmodels.mixers.rg_lru import RGLRUConfig
+from seqmodels.mixers.rwkv4 import RWKV4Config
 from seqmodels.mixers.slstm import SLSTMConfig
 from seqmodels.typing import MixerConfig
 
@@ -27,6 +28,7 @@ __all__ = [
     "MinLSTMConfig",
     "PrefixScan",
     "RGLRUConfig",
+    "RWKV4Config",
     "SLSTMConfig",
     "examples",
 ]
@@ -39,6 +41,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "rg_lru", RGLRUConfig(recurrent_size=64, blocks=4)
     yield "mamba2", Mamba2Config(head_size=32, state_size=16)
     yield "gla", GLAConfig()
+    yield "rwkv4", RWKV4Config()
     yield "gated_deltanet", GatedDeltaNetConfig(heads=2, eigenvalues=Eigenvalues.SIGNED)
     yield "mlstm", MLSTMConfig()
     yield "slstm", SLSTMConfig()

@@ -7,6 +7,7 @@ from seqmodels.operators.exponential import Exponential, ExponentialState, expon
 from seqmodels.operators.moments import Moments, moments_recurrence, running_moments
 from seqmodels.operators.outer import Outer, gated_linear_attention, outer_recurrence
 from seqmodels.operators.softmax import Scored, Softmax, merge_softmax, softmax_recurrence, softmax_scan
+from seqmodels.operators.wkv import Weighted, WKVState, wkv_recurrence, wkv_scan
 
 __all__ = [
     "Delta",
@@ -19,6 +20,8 @@ __all__ = [
     "Scored",
     "Softmax",
     "Transition",
+    "WKVState",
+    "Weighted",
     "affine_recurrence",
     "delta_recurrence",
     "delta_rule",
@@ -34,4 +37,6 @@ __all__ = [
     "running_moments",
     "softmax_recurrence",
     "softmax_scan",
+    "wkv_recurrence",
+    "wkv_scan",
 ]
