@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window, attend_over_devices
 from seqmodels.layers.carry import document_numbers, gather_time, token_positions
 from seqmodels.layers.linear import Linear, scaled
+from seqmodels.layers.norms import NormConfig
 from seqmodels.layers.positions import Positions, alibi_slopes, rope, rotated_size
 from seqmodels.typing import Context, MixerConfig, Segments
 
@@ -31,6 +32,8 @@ class AttentionConfig(MixerConfig):
     document, and the state is a cache of the capacity that `init_state` was given. `kv_heads=1` is MQA, None is one
     per head; `head_size` defaults to width / heads. `logits_cap` c bounds the scores as c tanh(score / c).
     `causal` False: each token sees its whole document, the tokens after it too, so there is no state to go on from.
+    `query_key_norm`: a norm over every head of the queries, and one of the keys, before they rotate (2010.04245).
+    `output_gate`: W_o (y * sigmoid(W_g x)), a gate for every channel of every head (2505.06708).
     The output projection starts with variance 2 / depth over its fan-in, as in Griffin.
     """
 
@@ -44,6 +47,8 @@ class AttentionConfig(MixerConfig):
     logits_cap: float | None = None
     bias: bool = False
     causal: bool = True
+    query_key_norm: NormConfig | None = None
+    output_gate: bool = False
 
     def __post_init__(self):
         groups = self.heads if self.kv_heads is None else self.kv_heads
@@ -97,6 +102,10 @@ class Attention(nnx.Module):
         self.query = inner(config.heads * size)
         self.key = inner(self.groups * size)
         self.value = inner(self.groups * size)
+        norms = config.query_key_norm
+        self.query_norm = None if norms is None else norms.make(size, rngs=rngs, axis=None)
+        self.key_norm = None if norms is None else norms.make(size, rngs=rngs, axis=None)
+        self.gate = inner(config.heads * size) if config.output_gate else None
         self.out = Linear(
             config.heads * size, width, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=scaled(2.0 / depth)
         )
@@ -138,6 +147,8 @@ class Attention(nnx.Module):
         x = jnp.where(segments.valid[..., None], x, 0)
         heads = lambda linear: linear(x).reshape(batch, length, -1, self.size)
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         slopes = None
         if config.positions == Positions.ROPE:
             query, key = (rope(a, position, base=config.rope_base, fraction=config.rope_fraction) for a in (query, key))
@@ -156,7 +167,10 @@ class Attention(nnx.Module):
         if config.window is None:
             overflow = segments.valid & (position >= state.key.shape[1])
             out = jnp.where(overflow[:, :, None, None], jnp.nan, out)
-        out = jnp.where(segments.valid[..., None], self.out(out.reshape(batch, length, -1)), 0)
+        out = out.reshape(batch, length, -1)
+        if self.gate is not None:
+            out = out * jax.nn.sigmoid(self.gate(x))
+        out = jnp.where(segments.valid[..., None], self.out(out), 0)
         if not config.causal:
             return out, ()
         if axis is not None:  # a state is the same on every device; where nobody asks for it, nothing is gathered

@@ -1,6 +1,7 @@
 """Attention in float64 numpy, one query and one head at a time, with rotations as complex numbers.
 
-arXiv 1706.03762 (attention), 2104.09864 (RoPE), 2108.12409 (ALiBi), 2305.13245 (GQA). Independent of the library.
+arXiv 1706.03762 (attention), 2104.09864 (RoPE), 2108.12409 (ALiBi), 2305.13245 (GQA), 2010.04245 (norms of queries and
+keys), 2505.06708 (output gate). Independent of the library.
 `parameters` is the nested dict of arrays of one mixer.
 """
 
@@ -20,6 +21,11 @@ def rotate(x: np.ndarray, position: int, *, base: float, fraction: float) -> np.
     return np.concatenate([pairs.real, pairs.imag, x[size:]])
 
 
+def normed(x: np.ndarray, scale: Any, eps: float) -> np.ndarray:
+    """An RMSNorm with a zero-centred scale."""
+    return x / np.sqrt(np.mean(x**2) + eps) * (1.0 + scale)
+
+
 def attention(
     x: np.ndarray,
     parameters: dict[str, Any],
@@ -32,8 +38,12 @@ def attention(
     slopes: list[float] | None = None,
     cap: float | None = None,
     causal: bool = True,
+    eps: float = 1e-6,
 ) -> np.ndarray:
-    """y [T, D] of one row of documents that begin at the positions `starts`; `rope` is (base, fraction)."""
+    """y [T, D] of one row of documents that begin at the positions `starts`; `rope` is (base, fraction).
+
+    Norms (zero-centred, with `eps`) and a gate apply where `parameters` has them.
+    """
     length = x.shape[0]
     split = lambda name, count: (x @ parameters[name]["kernel"]).reshape(length, count, -1)
     q, k, v = split("query", heads), split("key", kv_heads), split("value", kv_heads)
@@ -48,6 +58,9 @@ def attention(
             scores = []
             for s in range(oldest, end):
                 query, key = q[t, head], k[s, group]
+                if "query_norm" in parameters:
+                    query = normed(query, parameters["query_norm"]["scale"], eps)
+                    key = normed(key, parameters["key_norm"]["scale"], eps)
                 if rope is not None:
                     query, key = (
                         rotate(a, p - first, base=rope[0], fraction=rope[1]) for a, p in ((query, t), (key, s))
@@ -57,5 +70,8 @@ def attention(
                 scores.append(score - (0.0 if slopes is None else slopes[head] * abs(t - s)))
             weights = np.exp(np.array(scores) - max(scores))
             mixed.append(weights @ v[oldest:end, group] / weights.sum())
-        y.append(np.concatenate(mixed) @ parameters["out"]["kernel"])
+        out = np.concatenate(mixed)
+        if "gate" in parameters:
+            out = out / (1.0 + np.exp(-(x[t] @ parameters["gate"]["kernel"])))
+        y.append(out @ parameters["out"]["kernel"])
     return np.stack(y)
