@@ -6,6 +6,7 @@ from seqmodels.mixers.attention import AttentionConfig
 from seqmodels.mixers.gated_deltanet import Eigenvalues, GatedDeltaNetConfig
 from seqmodels.mixers.gated_rnn import GatedRNNConfig
 from seqmodels.mixers.gla import GLAConfig
+from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.mamba2 import Mamba2Config
 from seqmodels.mixers.mingru import MinGRUConfig
 from seqmodels.mixers.minlstm import MinLSTMConfig
@@ -23,6 +24,7 @@ __all__ = [
     "GatedDeltaNetConfig",
     "GatedRNNConfig",
     "MLSTMConfig",
+    "Mamba1Config",
     "Mamba2Config",
     "MinGRUConfig",
     "MinLSTMConfig",
@@ -39,6 +41,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "attention", AttentionConfig(heads=4, kv_heads=2)
     yield "sliding_attention", AttentionConfig(heads=4, kv_heads=1, window=8, rope_fraction=0.5)
     yield "rg_lru", RGLRUConfig(recurrent_size=64, blocks=4)
+    yield "mamba1", Mamba1Config(state_size=8)
     yield "mamba2", Mamba2Config(head_size=32, state_size=16)
     yield "gla", GLAConfig()
     yield "rwkv4", RWKV4Config()

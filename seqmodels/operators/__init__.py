@@ -6,6 +6,7 @@ from seqmodels.operators.diagonal import Diagonal, diagonal_recurrence, diagonal
 from seqmodels.operators.exponential import Exponential, ExponentialState, exponential_recurrence, mlstm_scan
 from seqmodels.operators.moments import Moments, moments_recurrence, running_moments
 from seqmodels.operators.outer import Outer, gated_linear_attention, outer_recurrence
+from seqmodels.operators.selective import Selective, selective_recurrence, selective_scan
 from seqmodels.operators.softmax import Scored, Softmax, merge_softmax, softmax_recurrence, softmax_scan
 from seqmodels.operators.wkv import Weighted, WKVState, wkv_recurrence, wkv_scan
 
@@ -18,6 +19,7 @@ __all__ = [
     "Moments",
     "Outer",
     "Scored",
+    "Selective",
     "Softmax",
     "Transition",
     "WKVState",
@@ -35,6 +37,8 @@ __all__ = [
     "moments_recurrence",
     "outer_recurrence",
     "running_moments",
+    "selective_recurrence",
+    "selective_scan",
     "softmax_recurrence",
     "softmax_scan",
     "wkv_recurrence",

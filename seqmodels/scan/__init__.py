@@ -43,8 +43,9 @@ def scan(
 
     `state` None starts from `initial`. `reset` Bool[T]: the state is `initial` before that step; `valid` Bool[T]:
     where False the step leaves the state untouched and its output is zero, whatever its inputs hold.
-    `method`: `auto`, `sequential`, `associative`, `chunked` (with `chunk` steps at a time) or `tree`. Batch and heads
-    come from `jax.vmap`. Raises ValueError, with shapes and the way out, where something does not fit.
+    `method`: `auto`, `sequential`, `associative`, `chunked` (with `chunk` steps at a time) or `tree`. A `chunk` makes
+    `sequential` keep one state for so many steps for the backward pass. Batch and heads come from `jax.vmap`.
+    Raises ValueError, with shapes and the way out, where something does not fit.
     """
     reset, valid = _checked(recurrence, inputs, reset, valid, chunk)
     length = jax.tree.leaves(inputs)[0].shape[0]
@@ -56,8 +57,9 @@ def scan(
         return tree(recurrence, inputs, state, reset, valid)
     if method == "chunked":
         return chunked(recurrence, inputs, state, reset, valid, int(chunk or DEFAULT_CHUNK))
-    run = sequential if method == "sequential" else associative
-    return run(recurrence, inputs, state, reset, valid)
+    if method == "sequential":
+        return sequential(recurrence, inputs, state, reset, valid, None if chunk is None else int(chunk))
+    return associative(recurrence, inputs, state, reset, valid)
 
 
 def step(recurrence: Recurrence, inputs_t: Tree, state: Tree | None) -> tuple[Tree, Tree]:

@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule("sequential", max_length=4),
     Rule("sequential", platform="cpu", family="diagonal"),
+    Rule("sequential", platform="cpu", family="selective"),
     Rule("sequential", platform="cpu", family="softmax"),
     Rule("chunked", matmul_form=True),
     Rule("sequential", platform="cpu"),

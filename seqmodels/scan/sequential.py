@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqmodels.scan.chunked import scan_chunks
 from seqmodels.scan.recurrence import Recurrence, Tree, advance, cast_like, select, settle, take
 
 
@@ -27,9 +28,18 @@ def one_step(
 
 
 def sequential(
-    recurrence: Recurrence, inputs: Tree, state: Tree | None, reset: jax.Array | None, valid: jax.Array | None
+    recurrence: Recurrence,
+    inputs: Tree,
+    state: Tree | None,
+    reset: jax.Array | None,
+    valid: jax.Array | None,
+    chunk: int | None = None,
 ) -> tuple[Tree, Tree]:
-    """`lax.scan` over tokens; inputs are already free of padding values."""
+    """`lax.scan` over tokens; inputs are already free of padding values.
+
+    The backward pass keeps what each step needs. With a `chunk` it keeps one state for every `chunk` steps instead, and
+    runs those steps again, keeping their states only: less memory, and faster where a step's elements are large.
+    """
     state, initial = settle(recurrence, take(inputs, 0), state)
 
     def body(state: Tree, step: tuple[Tree, Any, Any]) -> tuple[Tree, Tree]:
@@ -37,5 +47,11 @@ def sequential(
         outputs, state = one_step(recurrence, inputs_t, state, initial, reset_t, valid_t)
         return state, outputs
 
-    state, outputs = lax.scan(body, state, (inputs, reset, valid))
+    steps = (inputs, reset, valid)
+    if chunk is None:
+        state, outputs = lax.scan(body, state, steps)
+    else:
+        light = jax.checkpoint(body, prevent_cse=False)
+        span = lambda state, steps: lax.scan(light, state, steps)
+        state, outputs = scan_chunks(span, state, steps, jax.tree.leaves(inputs)[0].shape[0], chunk)
     return outputs, state
