@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 from seqmodels.mixers.attention import AttentionConfig
+from seqmodels.mixers.deltanet import DeltaNetConfig
+from seqmodels.mixers.deltaproduct import DeltaProductConfig
 from seqmodels.mixers.gated_deltanet import Eigenvalues, GatedDeltaNetConfig
 from seqmodels.mixers.gated_rnn import GatedRNNConfig
 from seqmodels.mixers.gla import GLAConfig
 from seqmodels.mixers.mamba1 import Mamba1Config
+from seqmodels.mixers.kda import KDAConfig
 from seqmodels.mixers.mamba2 import Mamba2Config
 from seqmodels.mixers.mingru import MinGRUConfig
 from seqmodels.mixers.minlstm import MinLSTMConfig
@@ -19,10 +22,13 @@ from seqmodels.typing import MixerConfig
 
 __all__ = [
     "AttentionConfig",
+    "DeltaNetConfig",
+    "DeltaProductConfig",
     "Eigenvalues",
     "GLAConfig",
     "GatedDeltaNetConfig",
     "GatedRNNConfig",
+    "KDAConfig",
     "MLSTMConfig",
     "Mamba1Config",
     "Mamba2Config",
@@ -45,7 +51,10 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "mamba2", Mamba2Config(head_size=32, state_size=16)
     yield "gla", GLAConfig()
     yield "rwkv4", RWKV4Config()
+    yield "deltanet", DeltaNetConfig(heads=2)
     yield "gated_deltanet", GatedDeltaNetConfig(heads=2, eigenvalues=Eigenvalues.SIGNED)
+    yield "deltaproduct", DeltaProductConfig(heads=2, decay=True)
+    yield "kda", KDAConfig(heads=2)
     yield "mlstm", MLSTMConfig()
     yield "slstm", SLSTMConfig()
     yield "gated_rnn", GatedRNNConfig()

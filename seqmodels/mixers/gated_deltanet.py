@@ -17,7 +17,7 @@ from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.rates import check_ranges, log_uniform_rates, step_biases
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.mixers.gla import head_size
-from seqmodels.operators.delta import delta_rule
+from seqmodels.operators.delta_product import delta_product
 from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
 from seqmodels.typing import Context, MixerConfig
@@ -88,21 +88,24 @@ class GatedDeltaNetState(NamedTuple):
 
 
 class GatedDeltaNet(nnx.Module):
-    """See `GatedDeltaNetConfig`. Gates, decays and states are at least float32, whatever the type of x."""
+    """See `GatedDeltaNetConfig`. Gates, decays and states are at least float32, whatever the type of x.
 
-    def __init__(self, config: GatedDeltaNetConfig, width: int, *, depth: int, rngs: nnx.Rngs):
+    With several `steps` every token has so many keys, values and betas, and decays once (`DeltaProductConfig`).
+    """
+
+    def __init__(self, config: GatedDeltaNetConfig, width: int, *, depth: int, rngs: nnx.Rngs, steps: int = 1):
         self.config = config
+        self.steps = steps
         self.heads = config.value_heads or config.heads
         self.key_size = config.key_size or head_size(width, config, "expand_key", config.heads)
         self.value_size = config.value_size or head_size(width, config, "expand_value", self.heads)
         self.keys, self.values = config.heads * self.key_size, self.heads * self.value_size
         inner = functools.partial(Linear, width, rngs=rngs, axes=("embed", "heads"))
-        self.input = inner(2 * self.keys + self.values)
+        mixed = self.keys + steps * (self.keys + self.values)  # a query, and keys and values of every step
+        self.input = inner(mixed)
         # Variance 1/3 over the width is that of the published code, uniform in +-1/sqrt(width).
-        self.conv = ShortConv(
-            2 * self.keys + self.values, config.conv_width, rngs=rngs, bias=False, variance=1 / 3, axis="heads"
-        )
-        self.beta = inner(self.heads)
+        self.conv = ShortConv(mixed, config.conv_width, rngs=rngs, bias=False, variance=1 / 3, axis="heads")
+        self.beta = inner(steps * self.heads)
         self.step = inner(self.heads) if config.decay else None
         if config.decay:
             per_head = functools.partial(param, rngs, (self.heads,), group=Group.DYNAMICS, axes=("heads",))
@@ -127,14 +130,14 @@ class GatedDeltaNet(nnx.Module):
             raise ValueError(f"a state of {state.memory.shape[0]} rows cannot continue x of shape {x.shape}")
 
         x = jnp.where(segments.valid[..., None], x, 0)
-        heads = lambda y, size: y.reshape(*x.shape[:2], -1, size)
+        shaped = lambda y, *shape: y.reshape(*x.shape[:2], *shape)
         mixed, conv = self.conv(self.input(x), state.conv, context)
-        query, key, value = jnp.split(jax.nn.silu(mixed), (self.keys, 2 * self.keys), axis=-1)
+        query, key, value = jnp.split(jax.nn.silu(mixed), (self.keys, (1 + self.steps) * self.keys), axis=-1)
         beta, log_decay = self._gates(x)
-        y, memory = delta_rule(
-            unit(heads(query, self.key_size)) * self.key_size**-0.5,
-            unit(heads(key, self.key_size)),
-            heads(value, self.value_size),
+        y, memory = delta_product(
+            unit(shaped(query, -1, self.key_size)) * self.key_size**-0.5,
+            unit(shaped(key, self.steps, -1, self.key_size)),
+            shaped(value, self.steps, -1, self.value_size),
             beta,
             log_decay,
             state.memory,
@@ -148,10 +151,10 @@ class GatedDeltaNet(nnx.Module):
             y = y * jax.nn.silu(self.gate(x))
         return jnp.where(segments.valid[..., None], self.out(y), 0), GatedDeltaNetState(conv, memory)
 
-    def _gates(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"] | None]:
+    def _gates(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T H"] | None]:
         """beta and log a, at least float32."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        beta = jax.nn.sigmoid(self.beta(x).astype(wide))
+        beta = jax.nn.sigmoid(self.beta(x).astype(wide)).reshape(*x.shape[:2], self.steps, self.heads)
         if self.config.eigenvalues == Eigenvalues.SIGNED:
             beta = 2 * beta
         if self.step is None:

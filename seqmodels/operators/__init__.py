@@ -2,6 +2,7 @@
 
 from seqmodels.operators.affine import Drive, Transition, affine_recurrence
 from seqmodels.operators.delta import Delta, delta_recurrence, delta_rule, diagonal_plus_rank_one
+from seqmodels.operators.delta_product import delta_product
 from seqmodels.operators.diagonal import Diagonal, diagonal_recurrence, diagonal_scan
 from seqmodels.operators.exponential import Exponential, ExponentialState, exponential_recurrence, mlstm_scan
 from seqmodels.operators.moments import Moments, moments_recurrence, running_moments
@@ -25,6 +26,7 @@ __all__ = [
     "WKVState",
     "Weighted",
     "affine_recurrence",
+    "delta_product",
     "delta_recurrence",
     "delta_rule",
     "diagonal_plus_rank_one",
