@@ -2,6 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PARITY := $(VENV)/.parity
 DEMO := runs/demo
 SHORT := runs/demo-short
 # How many tests run at a time; each process takes a core and up to 3 GB.
@@ -9,7 +10,7 @@ JOBS := 2
 PARALLEL := -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test test-all lint format clean
+.PHONY: help install demo demo-short test test-all test-parity lint format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -38,7 +39,16 @@ test: $(STAMP)  ## Run the quick tests (at most 10 minutes)
 
 test-all: $(STAMP)  ## Run the quick and the slow tests (at most 40 minutes)
 	@echo "test-all: the quick and the slow tier"
-	@$(PYTHON) -m pytest -m "" $(PARALLEL)
+	@$(PYTHON) -m pytest -m "not parity" $(PARALLEL)
+
+test-parity: $(PARITY)  ## Compare with transformers' models on tiny random ones (installs torch and transformers)
+	@echo "test-parity: logits, states and gradients beside transformers'"
+	@$(PYTHON) -m pytest -m parity $(PARALLEL) tests/parity
+
+$(PARITY): $(STAMP)
+	@echo "test-parity: installing torch and transformers into $(VENV)"
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[parity]'
+	@touch $(PARITY)
 
 lint: $(STAMP)  ## Check style, formatting, the direction of imports and types
 	@echo "lint: ruff check"

@@ -31,9 +31,9 @@ class Mamba2Config(MixerConfig):
 
     Inner width `expansion` times the model's, in heads of `head_size`; B and C are shared by the heads of each of
     `groups` groups. The norm's mean runs over each of `norm_groups` parts of the inner width; None is `groups`, as in
-    the authors' code. At initialisation exp(a_log) is uniform in `decay_range`, softplus(dt_bias) log-uniform in
-    `step_range`, skip 1; the output projection has its variance divided by depth. `chunk`: tokens per chunk of the
-    scan, None for the operator's own choice.
+    the authors' code. `step_limit`: bounds within which dt is kept. `bias`: of W_in and W_out. At initialisation
+    exp(a_log) is uniform in `decay_range`, softplus(dt_bias) log-uniform in `step_range`, skip 1; the output projection
+    has its variance divided by depth. `chunk`: tokens per chunk of the scan, None for the operator's own choice.
     """
 
     expansion: float = 2.0
@@ -42,6 +42,10 @@ class Mamba2Config(MixerConfig):
     groups: int = 1
     norm_groups: int | None = None
     conv_width: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm_eps: float = 1e-5
+    step_limit: tuple[float, float] | None = None
     decay_range: tuple[float, float] = (1.0, 16.0)
     step_range: tuple[float, float] = (1e-3, 1e-1)
     method: str = "auto"
@@ -52,8 +56,11 @@ class Mamba2Config(MixerConfig):
         for field in ("head_size", "state_size", "groups", "conv_width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if self.expansion <= 0:
-            raise ValueError(f"expansion must be positive, not {self.expansion}")
+        for field in ("expansion", "norm_eps"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
+        if self.step_limit is not None and not 0 <= self.step_limit[0] < self.step_limit[1]:
+            raise ValueError(f"step_limit needs 0 <= low < high, or None for no limit, not {self.step_limit}")
         check_ranges(self, "decay_range", "step_range")
 
     def make(self, width: int, *, layer: int, depth: int, rngs: nnx.Rngs) -> Mamba2:
@@ -79,17 +86,18 @@ class Mamba2(nnx.Module):
         self.inner, self.heads = inner, heads
         shared = config.groups * config.state_size
         self.sizes = (inner, inner + 2 * shared, heads)  # z; x, B, C; dt
-        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"))
+        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"), bias=config.bias)
         # Variance 1/3 over the width is that of the published code, uniform in +-1/sqrt(width).
-        self.conv = ShortConv(self.sizes[1], config.conv_width, rngs=rngs, variance=1 / 3)
+        self.conv = ShortConv(self.sizes[1], config.conv_width, rngs=rngs, variance=1 / 3, bias=config.conv_bias)
 
         per_head = functools.partial(param, rngs, (heads,), group=Group.DYNAMICS, axes=("heads",))
         self.a_log = per_head(log_uniform_rates(*config.decay_range))
         self.dt_bias = per_head(step_biases(*config.step_range))
         self.skip = per_head(jax.nn.initializers.ones)
         norm_groups = config.groups if config.norm_groups is None else config.norm_groups
-        self.norm = RMSNorm(inner, rngs=rngs, eps=1e-5, groups=norm_groups, axis="recurrent")
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=scaled(1.0 / depth))
+        self.norm = RMSNorm(inner, rngs=rngs, eps=config.norm_eps, groups=norm_groups, axis="recurrent")
+        init = scaled(1.0 / depth)
+        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=init, bias=config.bias)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> Mamba2State:
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""
@@ -116,6 +124,7 @@ class Mamba2(nnx.Module):
 
         dt = dt.astype(jnp.promote_types(x.dtype, jnp.float32))
         dt = jax.nn.softplus(dt + along_last(self.dt_bias[...], dt))
+        dt = dt if config.step_limit is None else jnp.clip(dt, *config.step_limit)
         y, ssm = gated_linear_attention(
             query,
             key,

@@ -30,7 +30,8 @@ class ModelConfig:
     `layers`: groups of `(pattern, repeats)`, a pattern being a tuple of mixer configs, channel configs and Blocks:
     `(((R, R, A), 8), ((R, R), 1))`. A bare mixer is followed by `channel`, if that is given.
     `dtype`: of activations; parameters, recurrent states and logits are float32. `remat`: recompute each period of
-    layers in the backward pass. `embed_scale`: multiply embeddings by sqrt(width); `logits_cap` c: c tanh(logits / c).
+    layers in the backward pass. `embed_scale`: multiply embeddings by sqrt(width), or by the number given.
+    `logits_cap` c: c tanh(logits / c).
     `norm`: the one before every layer and before the head; `embedding_norm`: one more right after the embedding (RWKV).
     `dropout`: rate on embeddings and on what each layer adds, while training: `forward` draws it from its key alone.
     """
@@ -42,7 +43,7 @@ class ModelConfig:
     tied: bool = True
     dtype: str = "float32"
     remat: bool = True
-    embed_scale: bool = False
+    embed_scale: bool | float = False
     logits_cap: float | None = None
     dropout: float = 0.0
     norm: NormConfig = dataclasses.field(default_factory=NormConfig)
@@ -94,6 +95,7 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.sequence_axis: str | None = None
         self.parameter_axis: str | None = None
+        self.source: Any = None  # the files that `hf.load_pretrained` read it from, for `hf.save_pretrained`
         init = jax.nn.initializers.normal(config.width**-0.5)
         shape = (config.vocab_size, config.width)
         self.embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=("vocab", "embed"))
@@ -158,7 +160,7 @@ class LanguageModel(nnx.Module):
         embedding = params.whole(self.embedding, self.parameter_axis)
         x = jnp.take(embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
         if self.config.embed_scale:
-            x = x * self.config.width**0.5
+            x = x * (self.config.width**0.5 if self.config.embed_scale is True else self.config.embed_scale)
         if self.embedding_norm is not None:
             x = params.gathered(self.embedding_norm, self.parameter_axis)(x)
         x = dropout(x, self.config.dropout, context)
