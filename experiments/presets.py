@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from seqmodels.layers.mlp import MLPConfig
 from seqmodels.layers.stack import Block
@@ -22,7 +23,7 @@ from seqmodels.mixers import (
 )
 from seqmodels.models.lm import ModelConfig
 from seqmodels.train.config import TrainConfig
-from seqmodels.typing import MixerConfig
+from seqmodels.typing import ChannelConfig, MixerConfig
 
 BYTES = 257  # seqmodels.data.VOCAB_SIZE, whose module takes half a second to import
 
@@ -48,9 +49,14 @@ def _hybrid(width: int, repeats: int) -> ModelConfig:
     return _small((_recurrent(width), _recurrent(width), _LOCAL), width, repeats)
 
 
-def _small(pattern: tuple[MixerConfig, ...], width: int, repeats: int = 1) -> ModelConfig:
+_MLP = MLPConfig(expansion=2)
+
+
+def _small(
+    pattern: tuple[MixerConfig, ...], width: int, repeats: int = 1, *, channel: ChannelConfig = _MLP
+) -> ModelConfig:
     # no remat: such models fit into memory as they are, and recomputing costs a quarter of the speed
-    return ModelConfig(BYTES, width, ((pattern, repeats),), channel=MLPConfig(expansion=2), remat=False)
+    return ModelConfig(BYTES, width, ((pattern, repeats),), channel=channel, remat=False)
 
 
 def _recurrent(width: int) -> RGLRUConfig:
@@ -85,84 +91,45 @@ def griffin() -> Experiment:
     return Experiment(_hybrid(128, repeats=2), slower, DataConfig())
 
 
-def attention() -> Experiment:
-    """Full causal attention with rotary positions.
+class Alone(NamedTuple):
+    """One mixer alone, three layers deep and 96 wide, trained like the demo."""
 
-    Command: python -m experiments.train attention
-    Size: 0.27 M parameters, 3.3 M tokens.
-    Expect: 2.12 bits per byte held out.
+    about: str
+    mixer: MixerConfig
+    parameters: str  # in millions; tests count them
+    bits: str | None  # per byte held out, as measured; None: not measured yet
+    channel: ChannelConfig = _MLP
+
+
+ALONE = {
+    "attention": Alone(
+        "Full causal attention with rotary positions", AttentionConfig(heads=2, kv_heads=1), "0.27", "2.12"
+    ),
+    "sliding_attention": Alone("Sliding-window attention over 32 keys with rotary positions", _LOCAL, "0.27", "2.07"),
+    "rg_lru": Alone("Griffin's recurrent block (RG-LRU)", _recurrent(96), "0.33", "1.92"),
+    "mamba2": Alone("Mamba-2", Mamba2Config(head_size=32, state_size=32), "0.38", "1.80"),
+    "gla": Alone("Gated linear attention", GLAConfig(heads=2), "0.31", "1.92"),
+    "gated_deltanet": Alone("Gated DeltaNet, with eigenvalues in [0, 1]", GatedDeltaNetConfig(heads=3), "0.36", "1.84"),
+    "mlstm": Alone("mLSTM, the block of xLSTM-7B", MLSTMConfig(heads=2), "0.30", "1.94"),
+    "slstm": Alone("sLSTM: one token after the other, with memory mixing", SLSTMConfig(heads=4), "0.25", "1.84"),
+}
+
+
+def _preset(name: str, alone: Alone) -> Callable[[], Experiment]:
+    """The preset of one mixer, with its command, size and expectation as its docstring."""
+
+    def preset() -> Experiment:
+        return Experiment(_small((alone.mixer,) * 3, 96, channel=alone.channel), _MINUTES, DataConfig())
+
+    expected = "not measured yet" if alone.bits is None else f"{alone.bits} bits per byte held out"
+    preset.__name__ = preset.__qualname__ = name
+    preset.__doc__ = f"""{alone.about}, alone.
+
+    Command: python -m experiments.train {name}
+    Size: {alone.parameters} M parameters, 3.3 M tokens.
+    Expect: {expected}.
     """
-    return Experiment(_small((AttentionConfig(heads=2, kv_heads=1),) * 3, 96), _MINUTES, DataConfig())
-
-
-def sliding_attention() -> Experiment:
-    """Sliding-window attention over 32 keys with rotary positions.
-
-    Command: python -m experiments.train sliding_attention
-    Size: 0.27 M parameters, 3.3 M tokens.
-    Expect: 2.07 bits per byte held out.
-    """
-    return Experiment(_small((_LOCAL,) * 3, 96), _MINUTES, DataConfig())
-
-
-def rg_lru() -> Experiment:
-    """Griffin's recurrent block (RG-LRU) alone.
-
-    Command: python -m experiments.train rg_lru
-    Size: 0.33 M parameters, 3.3 M tokens.
-    Expect: 1.92 bits per byte held out.
-    """
-    return Experiment(_small((_recurrent(96),) * 3, 96), _MINUTES, DataConfig())
-
-
-def mamba2() -> Experiment:
-    """Mamba-2 alone.
-
-    Command: python -m experiments.train mamba2
-    Size: 0.38 M parameters, 3.3 M tokens.
-    Expect: 1.80 bits per byte held out.
-    """
-    return Experiment(_small((Mamba2Config(head_size=32, state_size=32),) * 3, 96), _MINUTES, DataConfig())
-
-
-def gla() -> Experiment:
-    """Gated linear attention alone.
-
-    Command: python -m experiments.train gla
-    Size: 0.31 M parameters, 3.3 M tokens.
-    Expect: 1.92 bits per byte held out.
-    """
-    return Experiment(_small((GLAConfig(heads=2),) * 3, 96), _MINUTES, DataConfig())
-
-
-def gated_deltanet() -> Experiment:
-    """Gated DeltaNet alone, with eigenvalues in [0, 1].
-
-    Command: python -m experiments.train gated_deltanet
-    Size: 0.36 M parameters, 3.3 M tokens.
-    Expect: 1.84 bits per byte held out.
-    """
-    return Experiment(_small((GatedDeltaNetConfig(heads=3),) * 3, 96), _MINUTES, DataConfig())
-
-
-def mlstm() -> Experiment:
-    """mLSTM, the block of xLSTM-7B, alone.
-
-    Command: python -m experiments.train mlstm
-    Size: 0.30 M parameters, 3.3 M tokens.
-    Expect: 1.94 bits per byte held out.
-    """
-    return Experiment(_small((MLSTMConfig(heads=2),) * 3, 96), _MINUTES, DataConfig())
-
-
-def slstm() -> Experiment:
-    """sLSTM alone: one token after the other, with memory mixing.
-
-    Command: python -m experiments.train slstm
-    Size: 0.25 M parameters, 3.3 M tokens.
-    Expect: 1.84 bits per byte held out.
-    """
-    return Experiment(_small((SLSTMConfig(heads=4),) * 3, 96), _MINUTES, DataConfig())
+    return preset
 
 
 def psm() -> Experiment:
@@ -178,5 +145,5 @@ def psm() -> Experiment:
     return Experiment(model, _MINUTES, DataConfig())
 
 
-_PRESETS = (demo, griffin, attention, sliding_attention, rg_lru, mamba2, gla, gated_deltanet, mlstm, slstm, psm)
+_PRESETS = (demo, griffin, *(_preset(name, alone) for name, alone in ALONE.items()), psm)
 PRESETS: dict[str, Callable[[], Experiment]] = {preset.__name__: preset for preset in _PRESETS}
