@@ -121,6 +121,10 @@ class MixerConfig:
         """Builds layer number `layer` of `depth`. Only values may depend on the two numbers, never structure."""
         raise TypeError(f"{type(self).__name__} is a MixerConfig without a make method")
 
+    def across_layers(self, width: int) -> Any:
+        """A parameter that this layer shares with others of its stack (`layers.across.AcrossLayers`), or None."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class ChannelConfig:
@@ -129,3 +133,7 @@ class ChannelConfig:
     def make(self, width: int, *, layer: int, depth: int, rngs: nnx.Rngs) -> Channel:
         """As `MixerConfig.make`."""
         raise TypeError(f"{type(self).__name__} is a ChannelConfig without a make method")
+
+    def across_layers(self, width: int) -> Any:
+        """A parameter that this layer shares with others of its stack (`layers.across.AcrossLayers`), or None."""
+        return None

@@ -1,5 +1,6 @@
 """The parts that mixers and models are made of: projections, norms, MLPs, short convolutions, positions, the stack."""
 
+from seqmodels.layers.across import ACROSS, AcrossLayers
 from seqmodels.layers.attend import Keys, Queries, Scoring, attend, attend_in_window
 from seqmodels.layers.linear import BlockDiagonalLinear, Linear
 from seqmodels.layers.mlp import Activation, MLPConfig
@@ -11,6 +12,8 @@ from seqmodels.layers.short_conv import ShortConv
 from seqmodels.layers.stack import Block, LayerGroups, Stack
 
 __all__ = [
+    "ACROSS",
+    "AcrossLayers",
     "Activation",
     "Block",
     "BlockDiagonalLinear",

@@ -14,12 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from seqmodels import params
+from seqmodels.layers.across import ACROSS, Across
 from seqmodels.layers.dropout import check_dropout, dropout
 from seqmodels.layers.norms import NormConfig
 from seqmodels.typing import ChannelConfig, Context, MixerConfig
 
 LAYER = "layer"
 """`context.shared[LAYER]` is the number of the layer that runs, for `publish` (int32, from 0)."""
+STATE = "state"
+"""`context.shared[STATE]` is the state of the layer that runs, or None, for `publish`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Residual(nnx.Module):
     def __call__(self, x: Array, state: Any, context: Context) -> tuple[Array, Any, dict[str, Array], Context]:
         normed = self.norm(x)
         if hasattr(self.layer, "publish"):
-            context = self.layer.publish(normed, context)
+            context = self.layer.publish(normed, context.replace(shared={**context.shared, STATE: state}))
+            context = context.replace(shared={k: v for k, v in context.shared.items() if k != STATE})
         y, state, *aux = self.layer(normed, state, context)
         return x + dropout(y.astype(x.dtype), self.dropout, context), state, aux[0] if self.is_channel else {}, context
 
@@ -117,7 +121,7 @@ class Period(nnx.Module):
         self.layers = layers
 
     def __call__(
-        self, x: Array, states: Any, context: Context, first: Array
+        self, x: Array, states: Any, context: Context, first: Array, across: tuple[Any, ...]
     ) -> tuple[Array, Any, list[dict[str, Array]], dict[str, Any]]:
         shared, after, reports = dict(context.shared), [], []
         for index, (step, offset) in enumerate(zip(self.steps, self.layers, strict=True)):
@@ -125,9 +129,9 @@ class Period(nnx.Module):
             key = context.key
             if key is not None:  # a Block has two steps of the same number
                 key = jax.random.fold_in(jax.random.fold_in(key, layer), index)
-            inner = context.replace(shared={**shared, LAYER: layer}, key=key)
+            inner = context.replace(shared={**shared, LAYER: layer, ACROSS: across[index]}, key=key)
             x, state, aux, inner = step(x, None if states is None else states[index], inner)
-            shared = {name: value for name, value in inner.shared.items() if name != LAYER}
+            shared = {name: value for name, value in inner.shared.items() if name not in (LAYER, ACROSS)}
             after.append(state)
             reports.append(aux)
         return x, tuple(after), reports, shared
@@ -143,6 +147,10 @@ class Stack(nnx.Module):
     A layer may define `publish(x, context) -> context`, called with its (normalised) input before the layer itself;
     what it puts into `context.shared` reaches every later layer. Before the first layer has published, the entry is
     zero: `context.shared[LAYER]` tells the first layer from the others.
+    `context.shared[STATE]` is the state that the layer itself is about to get.
+
+    Where a config's `across_layers` declares a parameter of several layers together (`AcrossLayers`), it is made here,
+    and each of those layers finds its part in `context.shared[ACROSS]`.
 
     `context.key` is folded with the number of each layer and step; `dropout` is the rate on what each step adds, drawn
     only where there is a key.
@@ -182,6 +190,8 @@ class Stack(nnx.Module):
                 layer += len(pattern)
             groups.append(params.stack(made))
         self.groups = nnx.List(groups)
+        steps = [([c for e in pattern for c in layer_configs(e, channel)], repeats) for pattern, repeats in layers]
+        self.across = Across(width, steps, rngs=rngs)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> tuple[Any, ...]:
         def of_group(group: Period, repeats: int) -> Any:
@@ -200,28 +210,29 @@ class Stack(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...], dict[str, Array]]:
         x = jnp.where(context.segments.valid[..., None], x, 0)
         first, after, reports = 0, [], []
+        across = self.across(context.parameter_axis)
         for index, group in enumerate(self.groups):
             inner = None if state is None else state[index]
-            x, inner, aux, context = self._run(index, group, first, x, inner, context)
+            x, inner, aux, context = self._run(index, group, first, x, inner, across[index], context)
             first += self.periods[index] * self.repeats[index]
             after.append(inner)
             reports += aux
         return x, tuple(after), _mean(reports)
 
     def _run(
-        self, index: int, group: Period, first: int, x: Array, state: Any, context: Context
+        self, index: int, group: Period, first: int, x: Array, state: Any, across: tuple[Any, ...], context: Context
     ) -> tuple[Array, Any, list[dict[str, Array]], Context]:
         definition, arrays = params.split(group)
 
         def body(carry, repeat):
             x, shared = carry
-            arrays, state, first = repeat
+            arrays, state, first, across = repeat
             period = params.gathered(params.merge(definition, arrays), context.parameter_axis)
-            x, state, aux, shared = period(x, state, context.replace(shared=shared), first)
+            x, state, aux, shared = period(x, state, context.replace(shared=shared), first, across)
             return (x, shared), (state, aux)
 
         numbers = first + self.periods[index] * jnp.arange(self.repeats[index], dtype=jnp.int32)
-        xs = (arrays, state, numbers)
+        xs = (arrays, state, numbers, across)
         shared = dict(context.shared)
         if any(hasattr(step.layer, "publish") for step in group.steps):
             # The carry of a scan keeps its structure: what a period publishes stands there, as zeros, from the start.

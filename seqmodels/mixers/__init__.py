@@ -6,15 +6,19 @@ from seqmodels.mixers.attention import AttentionConfig
 from seqmodels.mixers.deltanet import DeltaNetConfig
 from seqmodels.mixers.deltaproduct import DeltaProductConfig
 from seqmodels.mixers.gated_deltanet import Eigenvalues, GatedDeltaNetConfig
+from seqmodels.mixers.gated_rfa import GatedRFAConfig
 from seqmodels.mixers.gated_rnn import GatedRNNConfig
 from seqmodels.mixers.gla import GLAConfig
-from seqmodels.mixers.mamba1 import Mamba1Config
+from seqmodels.mixers.hgrn2 import HGRN2Config
 from seqmodels.mixers.kda import KDAConfig
+from seqmodels.mixers.linear_attention import FeatureMap, LinearAttentionConfig
+from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.mamba2 import Mamba2Config
 from seqmodels.mixers.mingru import MinGRUConfig
 from seqmodels.mixers.minlstm import MinLSTMConfig
 from seqmodels.mixers.mlstm import MLSTMConfig
 from seqmodels.mixers.psm import PrefixScan
+from seqmodels.mixers.retnet import RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRUConfig
 from seqmodels.mixers.rwkv4 import RWKV4Config
 from seqmodels.mixers.slstm import SLSTMConfig
@@ -25,10 +29,14 @@ __all__ = [
     "DeltaNetConfig",
     "DeltaProductConfig",
     "Eigenvalues",
+    "FeatureMap",
     "GLAConfig",
     "GatedDeltaNetConfig",
+    "GatedRFAConfig",
     "GatedRNNConfig",
+    "HGRN2Config",
     "KDAConfig",
+    "LinearAttentionConfig",
     "MLSTMConfig",
     "Mamba1Config",
     "Mamba2Config",
@@ -37,6 +45,7 @@ __all__ = [
     "PrefixScan",
     "RGLRUConfig",
     "RWKV4Config",
+    "RetNetConfig",
     "SLSTMConfig",
     "examples",
 ]
@@ -50,6 +59,10 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "mamba1", Mamba1Config(state_size=8)
     yield "mamba2", Mamba2Config(head_size=32, state_size=16)
     yield "gla", GLAConfig()
+    yield "linear_attention", LinearAttentionConfig(heads=4)
+    yield "retnet", RetNetConfig(heads=4, norm_eps=1e-3)  # reads of a document's first keys are small here
+    yield "gated_rfa", GatedRFAConfig(heads=4, features=16)
+    yield "hgrn2", HGRN2Config(head_size=16)
     yield "rwkv4", RWKV4Config()
     yield "deltanet", DeltaNetConfig(heads=2)
     yield "gated_deltanet", GatedDeltaNetConfig(heads=2, eigenvalues=Eigenvalues.SIGNED)

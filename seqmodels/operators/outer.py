@@ -205,6 +205,25 @@ def gated_linear_attention(
     return out.astype(value.dtype), state.reshape(state.shape[0], heads, *state.shape[3:])
 
 
+def normalised_linear_attention(
+    query: Float[Array, "B T G K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H *K"] | None = None,
+    state: tuple[Float[Array, "B H K V"], Float[Array, "B H K"]] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H 1"], tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]]:
+    """`gated_linear_attention` together with the sum of its weights: `(numerator, denominator, state)`.
+
+    z_t = exp(log_decay_t) z_{t-1} + k_t, denominator_t = q_t^T z_t: one more column of values, all ones. The state is
+    `(S, z)`. What keeps the quotient finite is the caller's choice. `options` are those of `gated_linear_attention`.
+    """
+    counted = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    both = None if state is None else jnp.concatenate([state[0], state[1][..., None]], axis=-1)
+    out, both = gated_linear_attention(query, key, counted, log_decay, both, **options)
+    return out[..., :-1], out[..., -1:], (both[..., :-1], both[..., -1])
+
+
 def _own_steps(query: Array, key: Array, value: Array, bonus: Array, segments: Segments | None) -> Array:
     if segments is not None:  # padding may hold anything
         query, key, value = (jnp.where(segments.valid[..., None, None], x, 0) for x in (query, key, value))
