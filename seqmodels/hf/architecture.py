@@ -23,7 +23,10 @@ RUN_AND_START = frozenset(
     | {"input_bias", "forget_bias"}
 )
 """Fields of configs that say how a model runs or how it is initialised, which a checkpoint does not."""
-SIZES = frozenset({"expansion", "hidden", "key_size", "value_size", "head_size", "kv_heads", "recurrent_size"})
+SIZES = frozenset(
+    {"expansion", "hidden", "key_size", "value_size", "head_size", "kv_heads", "recurrent_size"}
+    | {"expand_key", "expand_value", "value_heads"}
+)
 """Fields that can say the same size in several ways (None, a factor, a number): compared by the arrays' shapes."""
 
 

@@ -18,9 +18,10 @@ from seqmodels.hf import files
 from seqmodels.hf.architecture import Architecture, Place, express, shapes
 from seqmodels.hf.fields import Fields
 from seqmodels.hf.mamba2 import MAMBA2
+from seqmodels.hf.qwen3_next import QWEN3_NEXT
 from seqmodels.models.lm import LanguageModel, ModelConfig
 
-ARCHITECTURES: dict[str, Architecture] = {one.model_type: one for one in (MAMBA2,)}
+ARCHITECTURES: dict[str, Architecture] = {one.model_type: one for one in (MAMBA2, QWEN3_NEXT)}
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5_000_000_000
 NAMES_SHOWN = 5
@@ -184,7 +185,10 @@ def _expressed(config: ModelConfig, source: Source | None) -> tuple[Architecture
     """The architecture of a model and its config.json, with all that the one it was loaded from said besides."""
     if source is not None:
         architecture = ARCHITECTURES[source.model_type]
-        return architecture, {**json.loads(source.config), **express(architecture, config)}
+        before, written = json.loads(source.config), express(architecture, config)
+        # The same in other words (a period in place of a list) stays in those words.
+        same = express(architecture, architecture.read(Fields(before))) == written
+        return architecture, before if same else {**before, **written}
     reasons = []
     for architecture in ARCHITECTURES.values():
         try:

@@ -33,6 +33,11 @@ def activate(kind: Activation, x: Array) -> Array:
             return jnp.square(jax.nn.relu(x))
 
 
+def hidden_width(config: Any, width: int) -> int:
+    """`config.hidden`, or `config.expansion` times the model's width, rounded up to a multiple of 8."""
+    return config.hidden or 8 * math.ceil(round(config.expansion * width, 6) / 8)
+
+
 @dataclasses.dataclass(frozen=True)
 class MLPConfig(ChannelConfig):
     """A (gated) MLP: down(act(gate x) * up x), or down(act(up x)) without the gate (arXiv 2002.05202).
@@ -64,7 +69,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: MLPConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.activation = Activation(config.activation)
-        hidden = config.hidden or 8 * math.ceil(round(config.expansion * width, 6) / 8)
+        hidden = hidden_width(config, width)
         inner = functools.partial(Linear, width, hidden, rngs=rngs, axes=("embed", "mlp"), bias=config.bias)
         self.up = inner()
         self.gate = inner() if config.gated else None

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqmodels import compat
 from seqmodels.layers.linear import Linear, scaled
-from seqmodels.layers.mlp import MLP, Activation, MLPConfig, activate
+from seqmodels.layers.mlp import MLP, Activation, MLPConfig, activate, hidden_width
 from seqmodels.params import Group, param
 from seqmodels.typing import ChannelConfig, Context
 
@@ -77,7 +77,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.config = config
-        hidden = config.hidden or 8 * math.ceil(round(config.expansion * width, 6) / 8)
+        hidden = hidden_width(config, width)
         self.router = Linear(width, config.experts, rngs=rngs, axes=("embed", "experts"), init=scaled(0.1))
 
         def kernel(fan_in: int, fan_out: int, axes: tuple[str, str], variance: float) -> nnx.Param:
