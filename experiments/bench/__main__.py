@@ -1,4 +1,5 @@
-"""`python -m experiments.bench [scan|decode|compile|step ...] [--quick] [--out FILE]`; all of them where none is named.
+"""`python -m experiments.bench [scan|decode|compile|step|peers ...] [--quick] [--out FILE]`; all of them where none is
+named, but for `peers`, the comparison with transformers, which needs the extra `parity`.
 
 Each implementation is checked against its oracle before it is timed. Rows are appended to FILE as JSON lines, each with
 the command, commit, versions and device.
@@ -16,7 +17,7 @@ import tyro
 
 from experiments.command import guarded
 
-Name = Literal["scan", "decode", "compile", "step"]
+Name = Literal["scan", "decode", "compile", "step", "peers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,14 @@ class Part(NamedTuple):
 
 
 def parts() -> dict[str, Part]:
-    from experiments.bench import models, scans
+    from experiments.bench import models, peers, scans
 
     return {
         "scan": Part(scans.rows, scans.verdicts),
         "decode": Part(models.decode_rows, models.decode_verdicts),
         "compile": Part(models.compile_rows, models.compile_verdicts),
         "step": Part(models.step_rows, models.step_verdicts),
+        "peers": Part(peers.rows, peers.verdicts),
     }
 
 
@@ -88,6 +90,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "compile s": optional("compile_seconds", "{:.2f}"),
         "peak MB": f"{row['peak_bytes'] / 1e6:.1f}" if row.get("peak_bytes") else "",
         "state bytes": optional("state_bytes", "{:,}"),
+        "tokens/s": optional("tokens_per_second", "{:,.0f}"),
         "share": f"{100 * row['share']:.0f} %" if "share" in row else "",
         "error": optional("error", "{:.0e}"),
     }
@@ -97,7 +100,7 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
     """Markdown, without the columns that are empty."""
     cells = [_cells(row) for row in found]
     columns = [column for column in cells[0] if any(row[column] for row in cells)]
-    numbers = {"ms", "compile s", "peak MB", "state bytes", "share", "error"}
+    numbers = {"ms", "compile s", "peak MB", "state bytes", "tokens/s", "share", "error"}
     lines = [columns, ["---:" if column in numbers else "---" for column in columns]]
     lines += [[row[column] for column in columns] for row in cells]
     return f"\n{name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

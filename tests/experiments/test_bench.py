@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx, traverse_util
 
 from experiments.bench import __main__ as bench
-from experiments.bench import case, measure, models, scans
+from experiments.bench import case, measure, models, peers, scans
 from experiments.bench.measure import Quartiles, Rates, Work
+from seqmodels import ModelConfig, params
+from seqmodels.layers.moe import MoEConfig
+from seqmodels.mixers import GLAConfig, examples
 
 
 def test_a_wrong_implementation_is_not_timed() -> None:
@@ -98,8 +103,36 @@ def test_rows_say_where_they_come_from(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| step dispatch |" in capsys.readouterr().out
 
 
+def test_peers_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"needs the extra `parity` \(torch is missing\).*make test-parity"):
+        next(peers.rows(quick=True, seed=0))
+
+
+def test_the_work_of_a_peer_is_that_of_the_parameters_a_token_meets() -> None:
+    experts = MoEConfig(experts=4, top_k=2, hidden=8)
+    model = ModelConfig(11, 16, ((((GLAConfig(heads=2)), experts), 3),), tied=False).make(rngs=nnx.Rngs(0))
+    sizes = {path: array.size for path, array in traverse_util.flatten_dict(params.split(model)[1], sep=".").items()}
+    all_but = sum(size for path, size in sizes.items() if path.endswith("kernel") and "steps.1" not in path)
+    inside = {path: size for path, size in sizes.items() if "steps.1.layer" in path}
+    routed = sum(size for path, size in inside.items() if "router" not in path)
+    assert peers._in_products(model) == all_but + sum(inside.values()) - routed / 2
+
+
+@pytest.mark.parity
+def test_a_step_here_and_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = peers.configs()["mamba2"]
+    monkeypatch.setattr(peers, "configs", lambda: {"mamba2": options})
+    ours, theirs = peers.rows(quick=True, seed=0)
+    assert theirs["implementation"].startswith("transformers 5.")
+    assert 0 < ours["error"] == theirs["error"] < peers.TOLERANCE
+    (verdict,) = peers.verdicts([ours, theirs])
+    assert "times the tokens a second of transformers" in verdict
+
+
 @pytest.mark.slow
-def test_scans_and_decoding_run(tmp_path: Path) -> None:
+def test_scans_and_decoding_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "examples", lambda: [(n, c) for n, c in examples() if n in ("rg_lru", "attention")])
     bench.main(["scan", "decode", "--quick", "--out", str(tmp_path / "bench.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert {row["bench"] for row in rows} == {"scan", "decode"}
