@@ -12,6 +12,7 @@ from seqmodels.mixers.gla import GLAConfig
 from seqmodels.mixers.hgrn2 import HGRN2Config
 from seqmodels.mixers.kda import KDAConfig
 from seqmodels.mixers.linear_attention import FeatureMap, LinearAttentionConfig
+from seqmodels.mixers.lru import LRUConfig
 from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.mamba2 import Mamba2Config
 from seqmodels.mixers.mingru import MinGRUConfig
@@ -21,6 +22,8 @@ from seqmodels.mixers.psm import PrefixScan
 from seqmodels.mixers.retnet import RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRUConfig
 from seqmodels.mixers.rwkv4 import RWKV4Config
+from seqmodels.mixers.s4d import S4DConfig
+from seqmodels.mixers.s5 import S5Config
 from seqmodels.mixers.slstm import SLSTMConfig
 from seqmodels.typing import MixerConfig
 
@@ -36,6 +39,7 @@ __all__ = [
     "GatedRNNConfig",
     "HGRN2Config",
     "KDAConfig",
+    "LRUConfig",
     "LinearAttentionConfig",
     "MLSTMConfig",
     "Mamba1Config",
@@ -46,6 +50,8 @@ __all__ = [
     "RGLRUConfig",
     "RWKV4Config",
     "RetNetConfig",
+    "S4DConfig",
+    "S5Config",
     "SLSTMConfig",
     "examples",
 ]
@@ -71,6 +77,9 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "mlstm", MLSTMConfig()
     yield "slstm", SLSTMConfig()
     yield "gated_rnn", GatedRNNConfig()
+    yield "s4d", S4DConfig(state_size=8)
+    yield "s5", S5Config(state_size=32, blocks=2, output="full_glu")
+    yield "lru", LRUConfig(state_size=32)
     yield "mingru", MinGRUConfig()
     yield "minlstm", MinLSTMConfig()
     pair = (((AttentionConfig(heads=2),), 1),)

@@ -15,10 +15,13 @@ from seqmodels.typing import Segments
 METHODS = ("auto", "sequential", "associative", "chunked", "pallas")
 
 
-def check_method(method: str, chunk: int | None = None) -> None:
-    """Raises ValueError on what no family can run; for configs, before anything is built."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+def check_method(method: str, chunk: int | None = None, *, also: tuple[str, ...] = ()) -> None:
+    """Raises ValueError on what no family can run; for configs, before anything is built.
+
+    `also`: methods that this family has beside the common ones.
+    """
+    if method not in METHODS + also:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS + also)}")
     whole = isinstance(chunk, int | np.integer) and not isinstance(chunk, bool)
     if chunk is not None and (not whole or chunk < 1):
         raise ValueError(f"chunk is a number of steps of at least 1, not {chunk!r}")

@@ -74,6 +74,11 @@ def is_inexact(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
+def both_parts(leaf: Any) -> Any:
+    """A real array that depends on the real and on the imaginary part of a complex one; a real one as it is."""
+    return leaf.real + 0.5 * leaf.imag if jnp.iscomplexobj(leaf) else leaf
+
+
 def inexact(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
 
@@ -191,7 +196,7 @@ class Subject:
             y, carried = forward(arrays, x, Carry(state, carry.position), segments)
             after = self._after(self._forward, arrays, carried)
             total = jnp.sum(jnp.where(weights.y != 0, weights.y * y, 0))
-            total += sum(jnp.sum(weight * leaf) for weight, leaf in zip(weights.after, inexact(after), strict=True))
+            total += sum(jnp.sum(w * both_parts(leaf)) for w, leaf in zip(weights.after, inexact(after), strict=True))
             return total, (y, after, carried)
 
         (total, aux), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(arrays, x, inexact(carry.state))
@@ -276,15 +281,20 @@ def right_padded(lengths: Sequence[int], length: int = LENGTH, *, start: bool) -
 
 
 def float64(tree: Any) -> Any:
-    """Floating leaves in float64; used under `jax.enable_x64`."""
-    return jax.tree.map(lambda x: np.asarray(x, np.float64) if is_inexact(x) else np.asarray(x), tree)
+    """Floating leaves in float64, complex ones in complex128; used under `jax.enable_x64`."""
+    wide = lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+    return jax.tree.map(lambda x: wide(x) if is_inexact(x) else np.asarray(x), tree)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float, *, floor: float = 0.0) -> None:
     """Leaf by leaf, errors below `tolerance` times the leaf's largest entry, or times `floor` where that is larger."""
 
+    def real(x: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return np.stack([x.real, x.imag]).astype(np.float64) if np.iscomplexobj(x) else x.astype(np.float64)
+
     def scaled(x: Any, like: Any) -> np.ndarray:
-        x, like = np.asarray(x, np.float64), np.asarray(like, np.float64)
+        x, like = real(x), real(like)
         largest = np.max(np.abs(like), initial=floor, where=np.isfinite(like))
         return x / (largest if largest > 0 else 1.0)
 
