@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqmodels import params
+from seqmodels import compat, params
 from seqmodels.layers.across import ACROSS, Across
 from seqmodels.layers.dropout import check_dropout, dropout
 from seqmodels.layers.norms import NormConfig
@@ -190,8 +190,8 @@ class Stack(nnx.Module):
                 layer += len(pattern)
             groups.append(params.stack(made))
         self.groups = nnx.List(groups)
-        steps = [([c for e in pattern for c in layer_configs(e, channel)], repeats) for pattern, repeats in layers]
-        self.across = Across(width, steps, rngs=rngs)
+        configs = [([c for e in pattern for c in layer_configs(e, channel)], repeats) for pattern, repeats in layers]
+        self.across = Across(width, configs, rngs=rngs)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> tuple[Any, ...]:
         def of_group(group: Period, repeats: int) -> Any:
@@ -238,7 +238,8 @@ class Stack(nnx.Module):
             # The carry of a scan keeps its structure: what a period publishes stands there, as zeros, from the start.
             one = jax.tree.map(lambda a: a[0], xs)
             published = jax.eval_shape(lambda x, one: body((x, shared), one)[0][1], x, one)
-            shared = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), published) | shared
+            zeros = lambda a: compat.vary_over(jnp.zeros(a.shape, a.dtype), compat.varying_axes(a))
+            shared = jax.tree.map(zeros, published) | shared
         once = self.repeats[index] == 1
         body = jax.checkpoint(body, prevent_cse=once) if self.remat else body
         if once:  # a loop of one turn would cost a third more to compile

@@ -36,8 +36,10 @@ def no_token(batch: int, width: int, dtype: Any = jnp.float32) -> Float[Array, "
 def lerp(
     current: Float[Array, "B T D"], previous: Float[Array, "B T D"], share: Float[Array, "D"]
 ) -> Float[Array, "B T D"]:
-    """share * current + (1 - share) * previous."""
-    return previous + (current - previous) * along_last(share, current)
+    """share * current + (1 - share) * previous, rounded to their type once."""
+    wide = jnp.promote_types(current.dtype, jnp.float32)
+    back = previous.astype(wide)
+    return (back + (current.astype(wide) - back) * along_last(share, back)).astype(current.dtype)
 
 
 def shares(layer: int, depth: int, power: float = 1.0, offset: float = 0.0) -> Initializer:

@@ -22,6 +22,8 @@ from seqmodels.mixers.psm import PrefixScan
 from seqmodels.mixers.retnet import RetNetConfig
 from seqmodels.mixers.rg_lru import RGLRUConfig
 from seqmodels.mixers.rwkv4 import RWKV4Config
+from seqmodels.mixers.rwkv6 import RWKV6Config
+from seqmodels.mixers.rwkv7 import RWKV7Config
 from seqmodels.mixers.s4d import S4DConfig
 from seqmodels.mixers.s5 import S5Config
 from seqmodels.mixers.slstm import SLSTMConfig
@@ -49,6 +51,8 @@ __all__ = [
     "PrefixScan",
     "RGLRUConfig",
     "RWKV4Config",
+    "RWKV6Config",
+    "RWKV7Config",
     "RetNetConfig",
     "S4DConfig",
     "S5Config",
@@ -70,6 +74,8 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "gated_rfa", GatedRFAConfig(heads=4, features=16)
     yield "hgrn2", HGRN2Config(head_size=16)
     yield "rwkv4", RWKV4Config()
+    yield "rwkv6", RWKV6Config(head_size=32, mix_rank=8, decay_rank=8)
+    yield "rwkv7", RWKV7Config(head_size=32)
     yield "deltanet", DeltaNetConfig(heads=2)
     yield "gated_deltanet", GatedDeltaNetConfig(heads=2, eigenvalues=Eigenvalues.SIGNED)
     yield "deltaproduct", DeltaProductConfig(heads=2, decay=True)

@@ -40,14 +40,18 @@ every_recurrence = pytest.mark.parametrize("name", RECURRENT)
 STEP, DIFFERENCES = 3e-6, 1e-6
 # Gates take arguments in the hundreds here, whose rounding (2^-24 of them) becomes a relative error of their values.
 EXTREME = 1e-4
+# Mamba-3's angles turn by 0.5 tanh(gate) step, at 1e3 hundreds of turns at a time: rounding the tokens alone (to 2^-24)
+# moves its last keys by 2.4e-4 there, in float64; the products and sums of the gates round a few times as much.
+TURNED = {"mamba3": 20}
 # Beside the largest gradient of all, one this small is what rounding left of a cancellation.
 CANCELLED = 1e-10
 # bfloat16 keeps 8 bits: products of two roundings, summed with random signs, stay near 2^-8 of the outputs' size.
 # Softmax and gates amplify a few entries more, so 99 % of the entries have to be this close and none may be far off.
 BFLOAT16_99, BFLOAT16_MAX = 2**-5, 2**-4
-# Rounding tokens and weights alone, and computing in float32, moves 99 % of gated_deltanet's and kda's outputs by up to
-# 0.028, of deltaproduct's by 0.034: keys and reads that are small are brought to unit size, their rounding with them.
-AMPLIFIED = {"gated_deltanet": 2, "deltaproduct": 2, "kda": 2}
+# Rounding tokens and weights alone, and computing in float32, moves 99 % of the outputs of gated_deltanet, kda and rwkv7
+# by up to 0.028, of deltaproduct by 0.034: keys and reads that are small are brought to unit size, their rounding with
+# them.
+AMPLIFIED = {"gated_deltanet": 2, "deltaproduct": 2, "kda": 2, "rwkv7": 2}
 
 
 def assert_gradients(
@@ -123,11 +127,12 @@ def test_extreme_gates(name: str, scale: float) -> None:
     with jax.enable_x64(True):
         x, warm, arrays, weights = float64((x, s.warm, s.params, s.weights(MIXED.valid)))
         exact = jax.tree.map(np.asarray, s.run(x, warm, MIXED, arrays=arrays, weights=weights))
-    assert_valid_close(single.y, exact.y, MIXED.valid, EXTREME)
-    assert_close(single.after, exact.after, EXTREME)
+    extreme = TURNED.get(name, 1) * EXTREME
+    assert_valid_close(single.y, exact.y, MIXED.valid, extreme)
+    assert_close(single.after, exact.after, extreme)
     if scale == 1e2:
         largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(exact.gradients))
-        assert_close(single.gradients, exact.gradients, EXTREME, floor=CANCELLED * largest)
+        assert_close(single.gradients, exact.gradients, extreme, floor=CANCELLED * largest)
 
 
 @every_mixer

@@ -55,3 +55,93 @@ def channel_mix(
             y[t] *= sigmoid(mixed("receptance") @ parameters["receptance"]["kernel"])
         last = x[t]
     return y, {"last": last}
+
+
+def group_norm(y: np.ndarray, parameters: dict[str, np.ndarray], eps: float) -> np.ndarray:
+    """Of `[heads, size]`, each head on its own; scale and bias by channel."""
+    centred = y - y.mean(axis=1, keepdims=True)
+    normed = centred / np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + eps)
+    return normed.reshape(-1) * parameters["scale"] + parameters["bias"]
+
+
+def rwkv6_time_mix(
+    x: np.ndarray,
+    parameters: dict[str, Any],
+    starts: set[int],
+    state: dict[str, np.ndarray] | None = None,
+    *,
+    size: int,
+    eps: float = 64e-5,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Equations 11 to 16 and 18 to 20; `memory` is [heads, key, value]."""
+    heads = x.shape[1] // size
+    matrix = lambda name: parameters[name]["kernel"]
+    down = np.split(parameters["mix_down"], 5, axis=1)
+    last, s = (None, None) if state is None else (state["last"], state["memory"].copy())
+    y = np.zeros_like(x)
+    for t in range(len(x)):
+        if t in starts:
+            last, s = np.zeros(x.shape[1]), np.zeros((heads, size, size))
+        back = last - x[t]
+        base = x[t] + back * parameters["mix_base"]
+        w, k, v, r, g = (
+            x[t] + back * (parameters["mix"][i] + np.tanh(base @ down[i]) @ parameters["mix_up"][i]) for i in range(5)
+        )
+        low = parameters["decay"]
+        decay = np.exp(-np.exp(low["base"] + np.tanh(w @ low["down"]) @ low["up"])).reshape(heads, size)
+        split = lambda a: a.reshape(heads, size)
+        k, v, r = split(k @ matrix("key")), split(v @ matrix("value")), split(r @ matrix("receptance"))
+        read = np.zeros((heads, size))
+        for h in range(heads):
+            written = np.outer(k[h], v[h])
+            read[h] = r[h] @ (s[h] + parameters["bonus"][h][:, None] * written)
+            s[h] = decay[h][:, None] * s[h] + written
+        g = g @ matrix("gate")
+        y[t] = (group_norm(read, parameters["norm"], eps) * g * sigmoid(g)) @ matrix("output")
+        last = x[t]
+    return y, {"last": last, "memory": s}
+
+
+def rwkv7_time_mix(
+    x: np.ndarray,
+    parameters: dict[str, Any],
+    starts: set[int],
+    state: dict[str, np.ndarray] | None = None,
+    *,
+    size: int,
+    first: np.ndarray | None = None,
+    eps: float = 64e-5,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Equations 3 to 22 of section 4.1; `first` [T, D] are the first layer's values, None in the first layer.
+
+    The state holds S as the paper has it, [heads, value, key], and this call's own `values` before they are mixed.
+    """
+    heads = x.shape[1] // size
+    matrix = lambda name: parameters[name]["kernel"]
+    low = lambda name, a, f=lambda z: z: f(a @ parameters[name]["down"]) @ parameters[name]["up"]
+    last, s = (None, None) if state is None else (state["last"], state["memory"].copy())
+    y, values = np.zeros_like(x), np.zeros_like(x)
+    for t in range(len(x)):
+        if t in starts:
+            last, s = np.zeros(x.shape[1]), np.zeros((heads, size, size))
+        shifted = {name: x[t] + (last - x[t]) * mu for name, mu in parameters["mix"].items()}
+        d = parameters["decay"]["base"] + low("decay", shifted["decay"], np.tanh)
+        w = np.exp(-np.exp(-0.5) * sigmoid(d))
+        a = sigmoid(parameters["rate"]["base"] + low("rate", shifted["rate"]))
+        g = low("gate", shifted["gate"], sigmoid)
+        r, k = shifted["receptance"] @ matrix("receptance"), shifted["key"] @ matrix("key")
+        v = values[t] = shifted["value"] @ matrix("value")
+        if first is not None:
+            v = v + (first[t] - v) * sigmoid(parameters["first"]["base"] + low("first", shifted["value"]))
+        removal = k * parameters["removal"].reshape(-1)
+        k = k * (1 + (a - 1) * parameters["replacement"].reshape(-1))
+        read, now = np.zeros((heads, size)), np.zeros((heads, size))
+        for h in range(heads):
+            of = slice(h * size, (h + 1) * size)
+            kappa = removal[of] / np.linalg.norm(removal[of])
+            s[h] = s[h] @ (np.diag(w[of]) - np.outer(kappa, a[of] * kappa)) + np.outer(v[of], k[of])
+            read[h] = s[h] @ r[of]
+            now[h] = np.sum(r[of] * parameters["bonus"][h] * k[of]) * v[of]
+        y[t] = ((group_norm(read, parameters["norm"], eps) + now.reshape(-1)) * g) @ matrix("output")
+        last = x[t]
+    return y, {"last": last, "memory": s, "values": values}
