@@ -24,14 +24,14 @@ class AcrossLayers:
     """One parameter `[layers, *shape]`, with a row for every layer of a stack whose config declares this `name`.
 
     `share` turns it into what the layers get: arrays whose first axis is the layer. Rows are in the order of the
-    layers; layers that declare nothing have none. `axes` are the logical axes of `shape`. Functions should be those of
-    a module, not made anew by each call: declarations of one name have to be equal.
+    layers; layers that declare nothing have none. `axes` are the logical axes of `shape`. Declarations of one name have
+    to be equal, up to `init`: the first layer's is taken, as initialisers are functions made anew by each call.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Initializer
+    init: Initializer = dataclasses.field(compare=False)
     share: Callable[[Array], Any]
     group: Group = Group.DYNAMICS
 
@@ -53,7 +53,7 @@ class Across(nnx.Module):
             own: list[AcrossLayers | None] = [config.across_layers(width) for config in configs]
             stride = collections.Counter(d.name for d in own if d is not None)
             seen: collections.Counter[str] = collections.Counter()
-            steps: list[tuple[str, slice] | None] = []
+            steps: list[tuple[str, int, int, int] | None] = []
             for declaration in own:
                 if declaration is None:
                     steps.append(None)
@@ -62,10 +62,10 @@ class Across(nnx.Module):
                 if declared.setdefault(name, declaration) != declaration:
                     raise ValueError(
                         f"layers declare different parameters across layers as {name!r}: {declared[name]} and "
-                        f"{declaration}; layers that share one need equal sizes, others a name of their own"
+                        f"{declaration}; layers that share one need equal declarations, others a name of their own"
                     )
                 first = rows[name] + seen[name]
-                steps.append((name, slice(first, first + stride[name] * repeats, stride[name])))
+                steps.append((name, first, first + stride[name] * repeats, stride[name]))
                 seen[name] += 1
             for name, count in stride.items():
                 rows[name] += count * repeats
@@ -84,5 +84,5 @@ class Across(nnx.Module):
         return [tuple(None if place is None else _rows(shared, *place) for place in steps) for steps in self.places]
 
 
-def _rows(shared: dict[str, Any], name: str, rows: slice) -> Any:
-    return jax.tree.map(lambda leaf: leaf[rows], shared[name])
+def _rows(shared: dict[str, Any], name: str, first: int, stop: int, stride: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[first:stop:stride], shared[name])

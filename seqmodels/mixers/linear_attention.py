@@ -119,7 +119,8 @@ class LinearAttention(nnx.Module):
         }
         value = heads(self.value(x))
         if self.norm is None:
-            total, weight, after = normalised_linear_attention(query, key, value, None, state, **options)
+            carried: Any = state
+            total, weight, after = normalised_linear_attention(query, key, value, None, carried, **options)
             y, state = total / (weight + config.eps), LinearAttentionState(*after)
         else:
             y, memory = gated_linear_attention(query, key, value, None, state.memory, **options)
