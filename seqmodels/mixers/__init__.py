@@ -12,6 +12,7 @@ from seqmodels.mixers.gla import GLAConfig
 from seqmodels.mixers.hgrn2 import HGRN2Config
 from seqmodels.mixers.kda import KDAConfig
 from seqmodels.mixers.linear_attention import FeatureMap, LinearAttentionConfig
+from seqmodels.mixers.log_linear import LogLinearMamba2Config
 from seqmodels.mixers.lru import LRUConfig
 from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.mamba2 import Mamba2Config
@@ -43,6 +44,7 @@ __all__ = [
     "KDAConfig",
     "LRUConfig",
     "LinearAttentionConfig",
+    "LogLinearMamba2Config",
     "MLSTMConfig",
     "Mamba1Config",
     "Mamba2Config",
@@ -80,6 +82,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "gated_deltanet", GatedDeltaNetConfig(heads=2, eigenvalues=Eigenvalues.SIGNED)
     yield "deltaproduct", DeltaProductConfig(heads=2, decay=True)
     yield "kda", KDAConfig(heads=2)
+    yield "log_linear", LogLinearMamba2Config(head_size=32, state_size=16, levels=11)
     yield "mlstm", MLSTMConfig()
     yield "slstm", SLSTMConfig()
     yield "gated_rnn", GatedRNNConfig()

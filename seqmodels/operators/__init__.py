@@ -5,6 +5,7 @@ from seqmodels.operators.delta import Delta, delta_recurrence, delta_rule, diago
 from seqmodels.operators.delta_product import delta_product
 from seqmodels.operators.diagonal import Diagonal, diagonal_recurrence, diagonal_scan
 from seqmodels.operators.exponential import Exponential, ExponentialState, exponential_recurrence, mlstm_scan
+from seqmodels.operators.log_linear import LogLinear, log_linear_attention, log_linear_recurrence
 from seqmodels.operators.moments import Moments, moments_recurrence, running_moments
 from seqmodels.operators.outer import Outer, gated_linear_attention, outer_recurrence
 from seqmodels.operators.selective import Selective, selective_recurrence, selective_scan
@@ -17,6 +18,7 @@ __all__ = [
     "Drive",
     "Exponential",
     "ExponentialState",
+    "LogLinear",
     "Moments",
     "Outer",
     "Scored",
@@ -34,6 +36,8 @@ __all__ = [
     "diagonal_scan",
     "exponential_recurrence",
     "gated_linear_attention",
+    "log_linear_attention",
+    "log_linear_recurrence",
     "merge_softmax",
     "mlstm_scan",
     "moments_recurrence",

@@ -1,4 +1,4 @@
-"""DeltaNet, DeltaProduct and KDA against their oracles in float64: outputs, gradients, states that are carried on."""
+"""DeltaNet, DeltaProduct, KDA and log-linear Mamba-2 against their oracles in float64: outputs, gradients, states."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import jax.numpy as jnp
 import pytest
 
-from seqmodels.mixers import DeltaNetConfig, DeltaProductConfig, Eigenvalues, KDAConfig
+from seqmodels.mixers import DeltaNetConfig, DeltaProductConfig, Eigenvalues, KDAConfig, LogLinearMamba2Config
 from seqmodels.typing import MixerConfig
+from tests.oracles.deltanet import deltanet_layer
 from tests.oracles.deltaproduct import deltaproduct_layer
-from tests.oracles.gated_deltanet import gated_deltanet_layer
 from tests.oracles.kda import kda_layer
+from tests.oracles.log_linear import log_linear_mamba2_block
 from tests.oracles.test_mixers import EXACT, STARTS, Case
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
-
-
-def deltanet_layer(*args: Any, **options: Any) -> Any:
-    """The oracle that Gated DeltaNet has, with the memory as the library keeps it."""
-    if len(args) == 4:
-        args = (*args[:3], {**args[3], "memory": args[3]["memory"].swapaxes(1, 2)})
-    y, state = gated_deltanet_layer(*args, **options)
-    return y, {**state, "memory": state["memory"].swapaxes(1, 2)}
 
 
 CASES: dict[str, tuple[MixerConfig, Callable[..., Any], dict[str, Any]]] = {
@@ -61,3 +55,18 @@ def test_layer(name: str) -> None:
     chex.assert_trees_all_close(after.memory[0], expected["memory"], rtol=EXACT, atol=EXACT)
     chex.assert_trees_all_close(after.conv[0], expected["conv"], rtol=EXACT, atol=EXACT)
     case.check({5}, after, expected)
+
+
+@pytest.mark.parametrize(("groups", "chunk"), [(1, None), (2, 4)])
+def test_log_linear_mamba2(groups: int, chunk: int | None) -> None:
+    """Documents begin anywhere in a row and in a chunk; the carried one goes on inside its blocks."""
+    sizes = {"head_size": 4, "state_size": 3, "groups": groups}
+    config = LogLinearMamba2Config(**sizes, levels=5, chunk=chunk)
+    case = Case(config, functools.partial(log_linear_mamba2_block, **sizes))
+    after, expected = case.check({0, 1})
+    for starts in ({6}, {1, 4}):
+        close = functools.partial(chex.assert_trees_all_close, rtol=EXACT, atol=EXACT)
+        close(jnp.swapaxes(after.memory[0], 2, 3), expected["memory"])
+        close(after.conv[0], expected["conv"])
+        assert int(after.length[0]) == len(expected["history"])
+        after, expected = case.check(starts, after, expected)
