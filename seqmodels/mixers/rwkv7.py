@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from seqmodels.layers.linear import Linear, along_last
+from seqmodels.layers.linear import Linear
 from seqmodels.layers.low_rank import LowRank
 from seqmodels.layers.rwkv_channel import uniform
 from seqmodels.layers.stack import STATE

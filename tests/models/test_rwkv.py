@@ -83,7 +83,7 @@ def test_generation_goes_on_where_the_prompt_ends(version: int) -> None:
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_published_values_over_devices(check_vma: bool) -> None:
-    """Time over eight devices equals one device, from nothing and from a carried state; another mixer stands between."""
+    """Time over eight devices equals one device, from nothing and from a carried state, another mixer in between."""
     definition, arrays = moved(config_of(7, RWKV[4]))
     mesh, along = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,)), P(None, "time")
 
