@@ -48,8 +48,8 @@ CANCELLED = 1e-10
 # bfloat16 keeps 8 bits: products of two roundings, summed with random signs, stay near 2^-8 of the outputs' size.
 # Softmax and gates amplify a few entries more, so 99 % of the entries have to be this close and none may be far off.
 BFLOAT16_99, BFLOAT16_MAX = 2**-5, 2**-4
-# Rounding tokens and weights alone, and computing in float32, moves 99 % of the outputs of gated_deltanet, kda, rwkv7 by
-# up to 0.028, of deltaproduct by 0.034: keys and reads that are small are brought to unit size, their rounding with them.
+# Rounding tokens and weights alone, and computing in float32, moves 99 % of gated_deltanet's, kda's and rwkv7's outputs
+# by up to 0.028, of deltaproduct's by 0.034: small keys and reads are brought to unit size, their rounding with them.
 AMPLIFIED = {"gated_deltanet": 2, "deltaproduct": 2, "kda": 2, "rwkv7": 2}
 
 
