@@ -16,6 +16,7 @@ from seqmodels.mixers.log_linear import LogLinearMamba2Config
 from seqmodels.mixers.lru import LRUConfig
 from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.mamba2 import Mamba2Config
+from seqmodels.mixers.mamba3 import Mamba3Config
 from seqmodels.mixers.mingru import MinGRUConfig
 from seqmodels.mixers.minlstm import MinLSTMConfig
 from seqmodels.mixers.mlstm import MLSTMConfig
@@ -48,6 +49,7 @@ __all__ = [
     "MLSTMConfig",
     "Mamba1Config",
     "Mamba2Config",
+    "Mamba3Config",
     "MinGRUConfig",
     "MinLSTMConfig",
     "PrefixScan",
@@ -70,6 +72,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "rg_lru", RGLRUConfig(recurrent_size=64, blocks=4)
     yield "mamba1", Mamba1Config(state_size=8)
     yield "mamba2", Mamba2Config(head_size=32, state_size=16)
+    yield "mamba3", Mamba3Config(head_size=32, state_size=8, rank=2)
     yield "gla", GLAConfig()
     yield "linear_attention", LinearAttentionConfig(heads=4)
     yield "retnet", RetNetConfig(heads=4, norm_eps=1e-3)  # reads of a document's first keys are small here

@@ -8,8 +8,10 @@ from seqmodels.operators.exponential import Exponential, ExponentialState, expon
 from seqmodels.operators.log_linear import LogLinear, log_linear_attention, log_linear_recurrence
 from seqmodels.operators.moments import Moments, moments_recurrence, running_moments
 from seqmodels.operators.outer import Outer, gated_linear_attention, outer_recurrence
+from seqmodels.operators.rotation import rotation_recurrence, running_angles
 from seqmodels.operators.selective import Selective, selective_recurrence, selective_scan
 from seqmodels.operators.softmax import Scored, Softmax, merge_softmax, softmax_recurrence, softmax_scan
+from seqmodels.operators.trapezoid import LastToken, Trapezoid, trapezoid_recurrence, trapezoidal_scan
 from seqmodels.operators.wkv import Weighted, WKVState, wkv_recurrence, wkv_scan
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Drive",
     "Exponential",
     "ExponentialState",
+    "LastToken",
     "LogLinear",
     "Moments",
     "Outer",
@@ -25,6 +28,7 @@ __all__ = [
     "Selective",
     "Softmax",
     "Transition",
+    "Trapezoid",
     "WKVState",
     "Weighted",
     "affine_recurrence",
@@ -42,11 +46,15 @@ __all__ = [
     "mlstm_scan",
     "moments_recurrence",
     "outer_recurrence",
+    "rotation_recurrence",
+    "running_angles",
     "running_moments",
     "selective_recurrence",
     "selective_scan",
     "softmax_recurrence",
     "softmax_scan",
+    "trapezoid_recurrence",
+    "trapezoidal_scan",
     "wkv_recurrence",
     "wkv_scan",
 ]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 
 import chex
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from seqmodels.mixers import Mamba1Config
+from seqmodels.mixers import Mamba1Config, Mamba3Config
 from tests.oracles.mamba1 import mamba1_block
+from tests.oracles.mamba3 import mamba3_block
 from tests.oracles.test_mixers import EXACT, STARTS, Case
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
@@ -27,4 +30,30 @@ def test_mamba1(name: str) -> None:
     after, expected = case.check(STARTS)
     chex.assert_trees_all_close(after.ssm[0], expected["ssm"], rtol=EXACT, atol=EXACT)
     chex.assert_trees_all_close(after.conv[0], expected["conv"], rtol=EXACT, atol=EXACT)
+    case.check({5}, after, expected)
+
+
+MAMBA3 = {
+    "published": (Mamba3Config(head_size=4, state_size=6), {"angles": 1}),
+    "grouped": (
+        Mamba3Config(head_size=4, state_size=5, groups=2, rotated_fraction=1.0, decay_floor=0.8, chunk=4),
+        {"angles": 2, "groups": 2, "floor": 0.8},
+    ),
+    "mimo": (Mamba3Config(head_size=8, state_size=4, rank=2, output_norm=True, step_range=(0.5, 2.0)), {"angles": 1}),
+    "mimo-grouped": (
+        Mamba3Config(head_size=4, state_size=2, groups=4, rank=3, rotated_fraction=1.0),
+        {"angles": 1, "groups": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAMBA3)
+def test_mamba3(name: str) -> None:
+    config, options = MAMBA3[name]
+    case = Case(config, functools.partial(mamba3_block, **{"groups": 1, **options}))
+    after, expected = case.check(STARTS)
+    turns = after.turns[0] - expected["angle"] / (2 * np.pi)
+    chex.assert_trees_all_close(turns, np.round(turns), rtol=0, atol=EXACT)
+    found = (jnp.swapaxes(after.memory[0], 1, 2), after.key[0], after.value[0])
+    chex.assert_trees_all_close(found, tuple(expected[name] for name in "hkv"), rtol=EXACT, atol=EXACT)
     case.check({5}, after, expected)
