@@ -22,6 +22,12 @@ def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def vary_alike(tree: Any) -> Any:
+    """Every leaf typed as varying over all the mesh axes that one of them varies over."""
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda leaf: vary_over(jnp.asarray(leaf), axes), tree)
+
+
 def gather_along(x: jax.Array, axis_name: str) -> jax.Array:
     """Every device's `x`, stacked on a new leading axis, the same on all devices of `axis_name`.
 

@@ -9,11 +9,13 @@ from seqmodels.mixers.gated_deltanet import Eigenvalues, GatedDeltaNetConfig
 from seqmodels.mixers.gated_rfa import GatedRFAConfig
 from seqmodels.mixers.gated_rnn import GatedRNNConfig
 from seqmodels.mixers.gla import GLAConfig
+from seqmodels.mixers.gru import GRUConfig
 from seqmodels.mixers.hgrn2 import HGRN2Config
 from seqmodels.mixers.kda import KDAConfig
 from seqmodels.mixers.linear_attention import FeatureMap, LinearAttentionConfig
 from seqmodels.mixers.log_linear import LogLinearMamba2Config
 from seqmodels.mixers.lru import LRUConfig
+from seqmodels.mixers.lstm import LSTMConfig
 from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.mamba2 import Mamba2Config
 from seqmodels.mixers.mamba3 import Mamba3Config
@@ -38,12 +40,14 @@ __all__ = [
     "Eigenvalues",
     "FeatureMap",
     "GLAConfig",
+    "GRUConfig",
     "GatedDeltaNetConfig",
     "GatedRFAConfig",
     "GatedRNNConfig",
     "HGRN2Config",
     "KDAConfig",
     "LRUConfig",
+    "LSTMConfig",
     "LinearAttentionConfig",
     "LogLinearMamba2Config",
     "MLSTMConfig",
@@ -94,5 +98,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "lru", LRUConfig(state_size=32)
     yield "mingru", MinGRUConfig()
     yield "minlstm", MinLSTMConfig()
+    yield "lstm", LSTMConfig(heads=4)
+    yield "gru", GRUConfig(heads=4)
     pair = (((AttentionConfig(heads=2),), 1),)
     yield "psm", PrefixScan(aggregator=pair, inference=pair, chunk=4)

@@ -1,4 +1,4 @@
-"""sLSTM: scalar memories with exponential gates that mix within a head, token by token (xLSTM, arXiv 2405.04517)."""
+"""sLSTM: scalar memories with exponential gates that mix within a head (xLSTM, arXiv 2405.04517)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from seqmodels import compat
 from seqmodels.layers.norms import LayerNorm
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.exponential import larger
+from seqmodels.operators.nonlinear import check_cell_method, nonlinear_scan, refuse_sharded_time
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.scan import Newton, NewtonReport, Recurrence, scan
+from seqmodels.typing import Context, MixerConfig, Segments
 
 GATES = 4  # input, forget, cell, output
 
@@ -32,15 +34,18 @@ class SLSTMConfig(MixerConfig):
     is no output projection; in the paper's block a gated MLP of factor 4/3 follows. At initialisation R is 0; b_f of
     channel j of a head's d is 5 - 12 (j / (d - 1))^(0.3 + 1.3 layer / (depth - 1)), other biases are 0.
 
-    The state enters its own update through tanh and the gates, so there is no `method`: time runs token by token, and
-    cannot be sharded.
+    `method`: `sequential`, or `newton` (all tokens at once, in O(T (3 D / heads)^2) memory a head), which `newton`
+    sets up. The state enters its own update through tanh and the gates: time cannot be sharded.
     """
 
     heads: int = 4
     conv_width: int = 4
     norm_eps: float = 1e-5
+    method: str = "sequential"
+    newton: Newton = dataclasses.field(default_factory=Newton)
 
     def __post_init__(self):
+        check_cell_method(self.method)
         for field in ("heads", "conv_width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
@@ -54,10 +59,19 @@ class SLSTMConfig(MixerConfig):
 class Cell(NamedTuple):
     """What a token leaves to the next one; true memories are exp(log_max) times `cell` and `normaliser`."""
 
-    output: Float[Array, "B H V"]
-    cell: Float[Array, "B H V"]
-    normaliser: Float[Array, "B H V"]
-    log_max: Float[Array, "B H V"]
+    output: Float[Array, "*B V"]
+    cell: Float[Array, "*B V"]
+    normaliser: Float[Array, "*B V"]
+    log_max: Float[Array, "*B V"]
+
+
+class Mean(NamedTuple):
+    """A cell without its maximum, as Newton's method solves for it: y, c / n and log n + m, every step of which is
+    smooth and has a derivative of at most 1 but for R's part. An empty cell's log is -inf."""
+
+    output: Float[Array, "*B V"]
+    mean: Float[Array, "*B V"]
+    log_weight: Float[Array, "*B V"]
 
 
 class SLSTMState(NamedTuple):
@@ -66,7 +80,7 @@ class SLSTMState(NamedTuple):
 
 
 class SLSTM(nnx.Module):
-    """See `SLSTMConfig`. Gates and the state are at least float32; R y is multiplied in the type of x."""
+    """See `SLSTMConfig`. Gates, R y and the state are at least float32."""
 
     def __init__(self, config: SLSTMConfig, width: int, *, layer: int, depth: int, rngs: nnx.Rngs):
         if width % config.heads:
@@ -97,13 +111,14 @@ class SLSTM(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], state: SLSTMState | None, context: Context
     ) -> tuple[Float[Array, "B T D"], SLSTMState]:
+        return self.run(x, state, context)[:2]
+
+    def run(
+        self, x: Float[Array, "B T D"], state: SLSTMState | None, context: Context
+    ) -> tuple[Float[Array, "B T D"], SLSTMState, NewtonReport | None]:
+        """As a call, with Newton's report of every row and head [B, H], None from the loop over tokens."""
         segments = context.segments
-        if context.sequence_axis is not None:
-            raise ValueError(
-                f"an sLSTM's time cannot be sharded over the mesh axis {context.sequence_axis!r}, because its state "
-                "enters its own update nonlinearly: a span of tokens has no element that could be handed on. "
-                "Shard the batch instead, or use an mLSTM"
-            )
+        refuse_sharded_time("an sLSTM", context.sequence_axis, "an mLSTM")
         state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
         if state.conv.shape[0] != x.shape[0]:
             raise ValueError(f"a state of {state.conv.shape[0]} rows cannot continue x of shape {x.shape}")
@@ -117,43 +132,78 @@ class SLSTM(nnx.Module):
         driven = jnp.concatenate(parts, axis=3)
         driven += self.bias[...].astype(driven.dtype)[None, None]
 
-        cell, y = self._scan(driven, state.cell, segments.start, segments.valid, x.dtype)
+        solve = _newton if self.config.method == "newton" else _sequential
+        y, cell, report = solve(self.recurrent[...].astype(driven.dtype), driven, state.cell, segments, self.config)
         y = self.norm(y.reshape(x.shape)).astype(x.dtype)
-        return jnp.where(segments.valid[..., None], y, 0), SLSTMState(conv, cell)
-
-    def _scan(
-        self,
-        driven: Float[Array, "B T H A V"],
-        cell: Cell,
-        start: Bool[Array, "B T"],
-        valid: Bool[Array, "B T"],
-        dtype: Any,
-    ) -> tuple[Cell, Float[Array, "B T H V"]]:
-        """Token by token; `driven` is what the gates get from their inputs."""
-        recurrent = self.recurrent[...].astype(dtype)
-        empty = self.init_state(1, dtype=driven.dtype).cell
-        vary = lambda a: compat.vary_over(a, compat.varying_axes(driven))
-        cell = jax.tree.map(lambda a: vary(a.astype(jnp.promote_types(a.dtype, driven.dtype))), cell)
-
-        def body(cell: Cell, token: tuple[Array, Array, Array]) -> tuple[Cell, Array]:
-            driven, start, valid = token
-            where = lambda mask, a, b: jnp.where(mask[:, None, None], a, b)
-            before = jax.tree.map(lambda a, b: where(start, a, b), empty, cell)
-            mixed = compat.wide_einsum("bhi,higj->bhgj", before.output.astype(dtype), recurrent)
-            after = _step(driven + mixed, before)
-            return jax.tree.map(lambda a, b: where(valid, a, b), after, before), after.output
-
-        over_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (driven, start, valid))
-        cell, y = jax.lax.scan(body, cell, over_time)
-        return cell, jnp.moveaxis(y, 0, 1)
+        return jnp.where(segments.valid[..., None], y, 0), SLSTMState(conv, cell), report
 
 
-def _step(gates: Float[Array, "B H A V"], before: Cell) -> Cell:
+def _sequential(
+    recurrent: Array, driven: Float[Array, "B T H A V"], cell: Cell, segments: Segments, config: SLSTMConfig
+) -> tuple[Float[Array, "B T H V"], Cell, None]:
+    zeros = jnp.zeros_like(driven[0, 0, 0, 0])
+    empty = Cell(zeros, zeros, zeros, jnp.full_like(zeros, -jnp.inf))
+    read = lambda cell: cell.output
+    y, cell, _ = nonlinear_scan(_step, recurrent, driven, cell, initial=empty, segments=segments, read=read)
+    return y, cell, None
+
+
+def _newton(
+    recurrent: Array, driven: Float[Array, "B T H A V"], cell: Cell, segments: Segments, config: SLSTMConfig
+) -> tuple[Float[Array, "B T H V"], Cell, NewtonReport]:
+    """The outputs by Newton's method; their gates then give the maximum that the last cell is kept under."""
+    empty = cell.normaliser == 0
+    log_weight = jnp.where(empty, -jnp.inf, jnp.log(jnp.where(empty, 1, cell.normaliser)) + cell.log_max)
+    before = Mean(cell.output, jnp.where(empty, 0, cell.cell / jnp.where(empty, 1, cell.normaliser)), log_weight)
+    zeros = jnp.zeros_like(driven[0, 0, 0, 0])
+    y, after, report = nonlinear_scan(
+        _mean_step,
+        recurrent,
+        driven,
+        before,
+        initial=Mean(zeros, zeros, jnp.full_like(zeros, -jnp.inf)),
+        segments=segments,
+        read=lambda mean: mean.output,
+        method="newton",
+        newton=config.newton,
+    )
+    assert report is not None
+    last = jnp.concatenate([cell.output[:, None].astype(y.dtype), y[:, :-1]], axis=1)
+    last = jnp.where(segments.start[..., None, None], 0, last)
+    gates = driven[:, :, :, :2] + jnp.einsum("bthi,higj->bthgj", last, recurrent[:, :, :2])
+    row = lambda log, state, start, valid: scan(_maximum(), log, state, reset=start, valid=valid, method="associative")
+    logs = (jax.nn.log_sigmoid(gates[:, :, :, 1]), gates[:, :, :, 0])
+    _, log_max = jax.vmap(row)(logs, cell.log_max, *segments)
+    # Where no token has come, both logs are -inf.
+    normaliser = jnp.exp(after.log_weight - jnp.where(log_max == -jnp.inf, 0, log_max))
+    return y, Cell(after.output, after.mean * normaliser, normaliser, log_max), report
+
+
+def _step(recurrent: Float[Array, "V A V"], driven: Float[Array, "A V"], before: Cell) -> Cell:
     """The normaliser is at least 1 after a step: whichever of i and f sets the maximum has weight 1."""
-    log_input, forget, z, o = (gates[:, :, index] for index in range(GATES))
+    log_input, forget, z, o = driven + jnp.einsum("i,igj->gj", before.output, recurrent)
     kept = jax.nn.log_sigmoid(forget) + before.log_max
     log_max = larger(kept, log_input)
     old, new = jnp.exp(kept - log_max), jnp.exp(log_input - log_max)
     cell = old * before.cell + new * jnp.tanh(z)
     normaliser = old * before.normaliser + new
     return Cell(jax.nn.sigmoid(o) * cell / normaliser, cell, normaliser, log_max)
+
+
+def _mean_step(recurrent: Float[Array, "V A V"], driven: Float[Array, "A V"], before: Mean) -> Mean:
+    """`_step` in other coordinates: the new value joins a mean with weight i / (f n + i)."""
+    log_input, forget, z, o = driven + jnp.einsum("i,igj->gj", before.output, recurrent)
+    kept = jax.nn.log_sigmoid(forget) + before.log_weight
+    mean = jax.nn.sigmoid(kept - log_input) * before.mean + jax.nn.sigmoid(log_input - kept) * jnp.tanh(z)
+    return Mean(jax.nn.sigmoid(o) * mean, mean, jnp.logaddexp(kept, log_input))
+
+
+def _maximum() -> Recurrence:
+    """m_t = max(log f_t + m_{t-1}, i_t), from -inf."""
+    return Recurrence(
+        elements=lambda logs: logs,
+        combine=lambda a, b: (a[0] + b[0], larger(a[1] + b[0], b[1])),
+        identity=lambda e: (jnp.zeros_like(e[0]), jnp.full_like(e[1], -jnp.inf)),
+        act=lambda e, m: larger(e[0] + m, e[1]),
+        initial=lambda logs: jnp.full_like(logs[1], -jnp.inf),
+    )

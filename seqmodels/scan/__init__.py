@@ -1,4 +1,4 @@
-"""Scans of a `Recurrence`: one token at a time, associative, chunked, as a tree, and sharded over time."""
+"""Scans of a `Recurrence` (a token at a time, associative, chunked, as a tree, sharded) and Newton's of any step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import numpy as np
 from seqmodels.scan.associative import associative
 from seqmodels.scan.auto import METHODS, choose
 from seqmodels.scan.chunked import DEFAULT_CHUNK, chunked, span_element
+from seqmodels.scan.newton import (
+    Jacobian,
+    Newton,
+    NewtonReport,
+    NotConvergedError,
+    check_converged,
+    newton_scan,
+)
 from seqmodels.scan.recurrence import Recurrence, Tree, hide_invalid, settle, shapes, take
 from seqmodels.scan.sequential import one_step, sequential
 from seqmodels.scan.sharded import sharded_carry
@@ -18,9 +26,15 @@ from seqmodels.scan.tree import Counter, count_step, counter_prefixes, empty_cou
 
 __all__ = [
     "Counter",
+    "Jacobian",
+    "Newton",
+    "NewtonReport",
+    "NotConvergedError",
     "Recurrence",
+    "check_converged",
     "counter_prefixes",
     "empty_counter",
+    "newton_scan",
     "scan",
     "sharded_carry",
     "sharded_scan",

@@ -37,7 +37,9 @@ TREES = {"psm"}  # as many levels as the capacity asks for, and attention inside
 RECURRENT = [name for name in CONFIGS if name not in ATTENTION | TREES]
 # Mixers whose time cannot be sharded (a nonlinear cell's span has no element, a PSM's tree is not re-associated): they
 # raise ValueError under `Context.sequence_axis`, with the word "shard" and what follows "because".
-SEQUENTIAL = {"slstm", "psm"}
+SEQUENTIAL = {"gru", "lstm", "slstm", "psm"}
+# Those of them that run `sequential` and `newton`, and no other method.
+NONLINEAR = {"gru", "lstm", "slstm"}
 
 
 class Carry(NamedTuple):

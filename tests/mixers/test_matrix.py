@@ -17,6 +17,7 @@ from tests.mixers.properties import (
     CONFIGS,
     FLOAT32,
     FLOAT32_GRADIENT,
+    NONLINEAR,
     Carry,
     Gradients,
     Subject,
@@ -39,6 +40,8 @@ ODD = 65  # a length that no chunk but the first divides
 
 
 def variants(name: str, length: int) -> list[dict[str, Any]]:
+    if name in NONLINEAR:
+        return [{"method": "newton"}]
     chosen = [{"method": "associative"}, {"method": "chunked"}]
     if "chunk" in OPEN[name]:
         chosen += [{"method": "chunked", "chunk": chunk} for chunk in (*CHUNKS, length)]

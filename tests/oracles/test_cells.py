@@ -6,12 +6,14 @@ import functools
 from typing import Any
 
 import chex
+import numpy as np
 import pytest
 
-from seqmodels.mixers import GatedRNNConfig, MinGRUConfig, MinLSTMConfig
+from seqmodels.mixers import GatedRNNConfig, GRUConfig, LSTMConfig, MinGRUConfig, MinLSTMConfig, SLSTMConfig
 from seqmodels.typing import MixerConfig
-from tests.oracles.cells import gated_rnn, mingru, minlstm
-from tests.oracles.test_mixers import EXACT, STARTS, Case
+from tests.oracles.cells import gated_rnn, gru, lstm, mingru, minlstm
+from tests.oracles.test_mixers import EXACT, STARTS, Case, assert_cells
+from tests.oracles.xlstm import slstm_block
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
@@ -33,4 +35,34 @@ def test_elementwise_cells(name: str) -> None:
     case = Case(*ELEMENTWISE[name])
     after, expected = case.check(STARTS)
     chex.assert_trees_all_close(after.hidden[0], expected, rtol=EXACT, atol=EXACT)
+    case.check({5}, after, expected)
+
+
+methods = pytest.mark.parametrize("method", ["sequential", "newton"])
+
+
+@methods
+@pytest.mark.parametrize(("heads", "forget_bias"), [(1, 1.0), (4, -0.5)])
+def test_lstm(heads: int, forget_bias: float, method: str) -> None:
+    case = Case(LSTMConfig(heads=heads, forget_bias=forget_bias, method=method), lstm)
+    after, expected = case.check(STARTS)
+    assert_cells(after, expected)
+    case.check({5}, after, expected)
+
+
+@methods
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gru(heads: int, method: str) -> None:
+    case = Case(GRUConfig(heads=heads, method=method), gru)
+    after, expected = case.check(STARTS)
+    chex.assert_trees_all_close(after.hidden[0], np.stack(expected), rtol=EXACT, atol=EXACT)
+    case.check({5}, after, expected)
+
+
+def test_slstm_by_newton() -> None:
+    """The outputs, and the cell under its maximum, which the iterations themselves do not know."""
+    config = SLSTMConfig(heads=2, norm_eps=1e-3, method="newton")
+    case = Case(config, functools.partial(slstm_block, eps=config.norm_eps))
+    after, expected = case.check(STARTS)
+    assert_cells(after.cell, expected["cells"])
     case.check({5}, after, expected)
