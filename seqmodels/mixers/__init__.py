@@ -28,6 +28,7 @@ from seqmodels.mixers.rg_lru import RGLRUConfig
 from seqmodels.mixers.rwkv4 import RWKV4Config
 from seqmodels.mixers.rwkv6 import RWKV6Config
 from seqmodels.mixers.rwkv7 import RWKV7Config
+from seqmodels.mixers.s4 import S4Config
 from seqmodels.mixers.s4d import S4DConfig
 from seqmodels.mixers.s5 import S5Config
 from seqmodels.mixers.slstm import SLSTMConfig
@@ -62,6 +63,7 @@ __all__ = [
     "RWKV6Config",
     "RWKV7Config",
     "RetNetConfig",
+    "S4Config",
     "S4DConfig",
     "S5Config",
     "SLSTMConfig",
@@ -93,6 +95,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "mlstm", MLSTMConfig()
     yield "slstm", SLSTMConfig()
     yield "gated_rnn", GatedRNNConfig()
+    yield "s4", S4Config(state_size=8)
     yield "s4d", S4DConfig(state_size=8)
     yield "s5", S5Config(state_size=32, blocks=2, output="full_glu")
     yield "lru", LRUConfig(state_size=32)

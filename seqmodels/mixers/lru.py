@@ -34,7 +34,8 @@ class LRUConfig(MixerConfig):
     At initialisation lambda is uniform on the ring `min_radius` <= |lambda| <= `max_radius` with phases in
     [0, max_phase], gamma is sqrt(1 - |lambda|^2) and learned from there; the parts of B have variance 1 / (2 width),
     those of C 1 / state_size (appendix A), and skip is normal. nu, theta, gamma, B and skip have no weight decay.
-    There is no conjugate symmetry.
+    There is no conjugate symmetry. `operators.online.online_step`, given `unit` and `read`, computes the gradients of
+    this layer forward in time.
     """
 
     state_size: int = 64
@@ -87,8 +88,12 @@ class LRU(nnx.Module):
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""
         return LRUState(zeros_complex((batch, self.config.state_size), dtype))
 
-    def rate(self) -> Complex[Array, "N"]:
-        """log lambda."""
+    def unit(self) -> tuple[Complex[Array, "N"], Complex[Array, "D N"]]:
+        """The recurrence alone: log lambda, and B with the factor gamma."""
+        inward = as_complex(self.inward.real[...], self.inward.imaginary[...])
+        return self._rate(), inward * jnp.exp(self.gamma_log[...])[None]
+
+    def _rate(self) -> Complex[Array, "N"]:
         return as_complex(-jnp.exp(self.nu_log[...]), jnp.exp(self.theta_log[...]))
 
     def read(self, hidden: Complex[Array, "... N"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -107,7 +112,7 @@ class LRU(nnx.Module):
         drive = self.inward(x)
         h, hidden = state_space(
             drive * along_last(jnp.exp(self.gamma_log[...]), drive.real),
-            self.rate(),
+            self._rate(),
             state.hidden,
             segments=segments,
             method=self.config.method,

@@ -63,8 +63,9 @@ def check_state_space(config: Any) -> None:
     check_ranges(config, "step_range")
     if config.state_size < 2 or config.state_size % 2:
         raise ValueError(f"state_size counts conjugate pairs: it is even, not {config.state_size}")
-    if config.discretization not in list(Discretization):
-        raise ValueError(f"unknown discretization {config.discretization!r}; choose one of {', '.join(Discretization)}")
+    discretization = getattr(config, "discretization", Discretization.BILINEAR)  # S4 has no other
+    if discretization not in list(Discretization):
+        raise ValueError(f"unknown discretization {discretization!r}; choose one of {', '.join(Discretization)}")
 
 
 class S4DState(NamedTuple):

@@ -120,6 +120,23 @@ def s4d_layer(
     return output(y.real + parameters["skip"] * x, parameters, kind), state
 
 
+def s4_layer(
+    x: np.ndarray, parameters: dict[str, Any], starts: set[int], state: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The dense transition of every channel, from its definition: nothing of Woodbury or of generating functions."""
+    pairs = lambda name: both(parameters[f"{name}_real"] + 1j * parameters[f"{name}_imaginary"])
+    eigenvalues = both(-np.exp(parameters["decay_log"]) + 1j * parameters["frequency"])
+    low_rank, inward, outward = pairs("low_rank"), pairs("inward"), pairs("outward")
+    systems = []
+    for d, step in enumerate(np.exp(parameters["step_log"])):
+        copy = d * len(eigenvalues) // x.shape[1]
+        a = np.diag(eigenvalues[copy]) - np.outer(low_rank[copy], low_rank[copy].conj())
+        systems.append(bilinear(a, inward[copy][:, None], step))
+    y, state = channels(x, starts, state, systems, outward)
+    assert np.abs(y.imag).max() < 1e-12 * max(1, np.abs(y).max())
+    return output(y.real + parameters["skip"] * x, parameters, "full_glu"), state
+
+
 def s5_layer(
     x: np.ndarray,
     parameters: dict[str, Any],

@@ -1,4 +1,4 @@
-"""S4D, S5 and LRU against their oracles in float64: outputs, gradients, carried states; and the HiPPO matrices."""
+"""S4, S4D, S5 and LRU against their oracles in float64: outputs, gradients, carried states; and the HiPPO matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from seqmodels.layers.hippo import diagonal_start, hippo_legs, normal_part
-from seqmodels.mixers import LRUConfig, S4DConfig, S5Config
+from seqmodels.mixers import LRUConfig, S4Config, S4DConfig, S5Config
 from seqmodels.typing import Context, Segments
 from tests.oracles import state_space as oracle
 from tests.oracles.differences import check_gradient
@@ -44,6 +44,30 @@ def test_s4d(name: str) -> None:
     after, expected = case.check(STARTS)
     assert_halves(after.hidden, expected)
     case.check({5}, after, expected)
+
+
+S4 = {
+    "convolution": S4Config(state_size=4, method="convolution"),
+    "sequential": S4Config(state_size=6, copies=4, method="sequential"),
+    "associative": S4Config(state_size=4, copies=8, method="associative"),
+}
+
+
+@pytest.mark.parametrize("name", S4)
+def test_s4(name: str) -> None:
+    case = Case(S4[name], oracle.s4_layer)
+    after, expected = case.check(STARTS)
+    assert_halves(after.hidden, expected)
+    case.check({5}, after, expected)
+
+
+def test_s4_starts_as_hippo() -> None:
+    """A channel's transition is HiPPO-LegS in another basis: the same characteristic polynomial."""
+    system = S4Config(state_size=6).make(4, layer=0, depth=1, rngs=nnx.Rngs(0)).system()
+    low_rank = oracle.both(np.asarray(system.low_rank[0], complex))
+    a = np.diag(oracle.both(np.asarray(system.eigenvalues[0], complex))) - np.outer(low_rank, low_rank.conj())
+    # HiPPO's eigenvalues are its diagonal, -1 to -6, and its coefficients integers; the parameters are float32
+    np.testing.assert_allclose(np.poly(a), np.poly(-np.arange(1.0, 7.0)), rtol=1e-4)
 
 
 S5 = {
