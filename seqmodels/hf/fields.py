@@ -26,7 +26,7 @@ class Fields:
             raise ValueError(f"config.json of model_type {self.model_type!r} lacks {name!r}")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED) -> Any:
         """A whole number, as it stands or as 2.0; a default of None lets null through."""
         value = self.get(name, default)
         if value is None and default is None:
@@ -35,7 +35,7 @@ class Fields:
             raise self.error(name, value, "an integer")
         return int(value)
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
+    def number(self, name: str, default: Any = _REQUIRED) -> Any:
         value = self.get(name, default)
         if value is None and default is None:
             return value

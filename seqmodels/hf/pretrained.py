@@ -17,11 +17,17 @@ from seqmodels import params
 from seqmodels.hf import files
 from seqmodels.hf.architecture import Architecture, Place, express, shapes
 from seqmodels.hf.fields import Fields
+from seqmodels.hf.mamba import FALCON_MAMBA, MAMBA
 from seqmodels.hf.mamba2 import MAMBA2
 from seqmodels.hf.qwen3_next import QWEN3_NEXT
+from seqmodels.hf.recurrent_gemma import RECURRENT_GEMMA
+from seqmodels.hf.rwkv import RWKV
+from seqmodels.hf.xlstm import XLSTM
 from seqmodels.models.lm import LanguageModel, ModelConfig
 
-ARCHITECTURES: dict[str, Architecture] = {one.model_type: one for one in (MAMBA2, QWEN3_NEXT)}
+ARCHITECTURES: dict[str, Architecture] = {
+    one.model_type: one for one in (MAMBA, FALCON_MAMBA, MAMBA2, RECURRENT_GEMMA, XLSTM, RWKV, QWEN3_NEXT)
+}
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES = 5_000_000_000
 NAMES_SHOWN = 5

@@ -34,7 +34,8 @@ class AttentionConfig(MixerConfig):
     `causal` False: each token sees its whole document, the tokens after it too, so there is no state to go on from.
     `query_key_norm`: a norm over every head of the queries, and one of the keys, before they rotate (2010.04245).
     `output_gate`: W_o (y * sigmoid(W_g x)), a gate for every channel of every head (2505.06708).
-    The output projection starts with variance 2 / depth over its fan-in, as in Griffin.
+    `bias`: of all projections; `output_bias` that of W_o if it is another one. The output projection starts with
+    variance 2 / depth over its fan-in, as in Griffin.
     """
 
     heads: int = 4
@@ -46,6 +47,7 @@ class AttentionConfig(MixerConfig):
     rope_fraction: float = 1.0
     logits_cap: float | None = None
     bias: bool = False
+    output_bias: bool | None = None
     causal: bool = True
     query_key_norm: NormConfig | None = None
     output_gate: bool = False
@@ -106,9 +108,8 @@ class Attention(nnx.Module):
         self.query_norm = None if norms is None else norms.make(size, rngs=rngs, axis=None)
         self.key_norm = None if norms is None else norms.make(size, rngs=rngs, axis=None)
         self.gate = inner(config.heads * size) if config.output_gate else None
-        self.out = Linear(
-            config.heads * size, width, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=scaled(2.0 / depth)
-        )
+        bias, init = config.bias if config.output_bias is None else config.output_bias, scaled(2.0 / depth)
+        self.out = Linear(config.heads * size, width, rngs=rngs, axes=("heads", "embed"), bias=bias, init=init)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> AttentionState:
         """An empty cache of `capacity` tokens; a sliding window needs no capacity and ignores it."""

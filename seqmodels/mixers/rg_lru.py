@@ -56,6 +56,11 @@ class RGLRUConfig(MixerConfig):
         if not 0 < self.min_decay < self.max_decay < 1:
             raise ValueError(f"decays need 0 < min_decay < max_decay < 1, not {self.min_decay}, {self.max_decay}")
 
+    def channels(self, width: int) -> int:
+        """How many channels the recurrence of a model of that width has."""
+        multiple = math.lcm(8, self.blocks)
+        return self.recurrent_size or multiple * math.ceil(4 * width / (3 * multiple))
+
     def make(self, width: int, *, layer: int, depth: int, rngs: nnx.Rngs) -> RGLRU:
         return RGLRU(self, width, depth=depth, rngs=rngs)
 
@@ -85,12 +90,8 @@ class RGLRU(nnx.Module):
     """See `RGLRUConfig`. Gates, decays and the hidden state are at least float32, whatever the type of x."""
 
     def __init__(self, config: RGLRUConfig, width: int, *, depth: int, rngs: nnx.Rngs):
-        size = config.recurrent_size
-        if size is None:
-            multiple = math.lcm(8, config.blocks)
-            size = multiple * math.ceil(4 * width / (3 * multiple))
         self.config = config
-        self.size = size
+        self.size = size = config.channels(width)
         inner = functools.partial(Linear, width, size, rngs=rngs, axes=("embed", "recurrent"), bias=config.bias)
         self.gate = inner()
         self.input = inner()
