@@ -6,24 +6,48 @@ What to expect was measured on two cores with the text of CPython 3.11.7; that o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from seqmodels.layers.mlp import MLPConfig
+from seqmodels.layers.norms import NormConfig, NormKind
+from seqmodels.layers.rwkv_channel import RWKVChannelConfig
 from seqmodels.layers.stack import Block
 from seqmodels.mixers import (
     AttentionConfig,
+    DeltaNetConfig,
+    DeltaProductConfig,
     GatedDeltaNetConfig,
+    GatedRFAConfig,
+    GatedRNNConfig,
     GLAConfig,
+    GRUConfig,
+    HGRN2Config,
+    KDAConfig,
+    LinearAttentionConfig,
+    LogLinearMamba2Config,
+    LRUConfig,
+    LSTMConfig,
+    Mamba1Config,
     Mamba2Config,
+    Mamba3Config,
+    MinGRUConfig,
+    MinLSTMConfig,
     MLSTMConfig,
     PrefixScan,
+    RetNetConfig,
     RGLRUConfig,
+    RWKV4Config,
+    RWKV6Config,
+    RWKV7Config,
+    S4Config,
+    S4DConfig,
+    S5Config,
     SLSTMConfig,
 )
 from seqmodels.models.lm import ModelConfig
 from seqmodels.train.config import TrainConfig
-from seqmodels.typing import ChannelConfig, MixerConfig
+from seqmodels.typing import MixerConfig
 
 BYTES = 257  # seqmodels.data.VOCAB_SIZE, whose module takes half a second to import
 
@@ -49,14 +73,10 @@ def _hybrid(width: int, repeats: int) -> ModelConfig:
     return _small((_recurrent(width), _recurrent(width), _LOCAL), width, repeats)
 
 
-_MLP = MLPConfig(expansion=2)
-
-
-def _small(
-    pattern: tuple[MixerConfig, ...], width: int, repeats: int = 1, *, channel: ChannelConfig = _MLP
-) -> ModelConfig:
+def _small(pattern: tuple[MixerConfig, ...], width: int, repeats: int = 1, **options: Any) -> ModelConfig:
     # no remat: such models fit into memory as they are, and recomputing costs a quarter of the speed
-    return ModelConfig(BYTES, width, ((pattern, repeats),), channel=channel, remat=False)
+    options = {"channel": MLPConfig(expansion=2), "remat": False} | options
+    return ModelConfig(BYTES, width, ((pattern, repeats),), **options)
 
 
 def _recurrent(width: int) -> RGLRUConfig:
@@ -97,8 +117,13 @@ class Alone(NamedTuple):
     about: str
     mixer: MixerConfig
     parameters: str  # in millions; tests count them
-    bits: str | None  # per byte held out, as measured; None: not measured yet
-    channel: ChannelConfig = _MLP
+    bits: str | None = None  # per byte held out, as measured; None: not measured yet
+    options: Mapping[str, Any] = {}  # of the model
+
+
+def _rwkv(version: int) -> dict[str, Any]:
+    norm = NormConfig(NormKind.LAYER, eps=1e-5)
+    return {"channel": RWKVChannelConfig(version=version, hidden_size=288), "norm": norm, "embedding_norm": True}
 
 
 ALONE = {
@@ -112,6 +137,46 @@ ALONE = {
     "gated_deltanet": Alone("Gated DeltaNet, with eigenvalues in [0, 1]", GatedDeltaNetConfig(heads=3), "0.36", "1.84"),
     "mlstm": Alone("mLSTM, the block of xLSTM-7B", MLSTMConfig(heads=2), "0.30", "1.94"),
     "slstm": Alone("sLSTM: one token after the other, with memory mixing", SLSTMConfig(heads=4), "0.25", "1.84"),
+    "mamba1": Alone("Mamba-1", Mamba1Config(), "0.40"),
+    "mamba3": Alone("Mamba-3, one value a step (SISO)", Mamba3Config(head_size=32, state_size=32), "0.38"),
+    "linear_attention": Alone("Linear attention with the features elu + 1", LinearAttentionConfig(heads=2), "0.30"),
+    "retnet": Alone("RetNet's multi-scale retention", RetNetConfig(heads=2, expand_value=1.0), "0.33"),
+    "gated_rfa": Alone("Gated random feature attention", GatedRFAConfig(heads=2, features=48), "0.30"),
+    "hgrn2": Alone("HGRN2, its decays bounded from below, more so in later layers", HGRN2Config(head_size=48), "0.30"),
+    "rwkv4": Alone("RWKV-4 with its channel mix", RWKV4Config(), "0.33", options=_rwkv(4)),
+    "rwkv6": Alone(
+        "RWKV-6 with its channel mix",
+        RWKV6Config(head_size=32, mix_rank=16, decay_rank=16),
+        "0.42",
+        options=_rwkv(6),
+    ),
+    "rwkv7": Alone(
+        "RWKV-7 with its channel mix",
+        RWKV7Config(head_size=32, decay_rank=16, rate_rank=16, value_rank=16, gate_rank=16),
+        "0.34",
+        options=_rwkv(7),
+    ),
+    "deltanet": Alone("DeltaNet, with eigenvalues in [0, 1]", DeltaNetConfig(heads=3), "0.31"),
+    "deltaproduct": Alone(
+        "DeltaProduct of two steps a token, with eigenvalues in [-1, 1]",
+        DeltaProductConfig(heads=3, expand_value=0.75),
+        "0.34",
+    ),
+    "kda": Alone("Kimi Delta Attention", KDAConfig(heads=3), "0.34"),
+    "log_linear": Alone(
+        "Log-linear Mamba-2, whose state grows with the logarithm of the length",
+        LogLinearMamba2Config(head_size=32, state_size=32, levels=10),
+        "0.40",
+    ),
+    "lstm": Alone("LSTM: one token after the other", LSTMConfig(), "0.41"),
+    "gru": Alone("GRU: one token after the other", GRUConfig(), "0.36"),
+    "mingru": Alone("minGRU", MinGRUConfig(), "0.27"),
+    "minlstm": Alone("minLSTM", MinLSTMConfig(), "0.30"),
+    "gated_rnn": Alone("The element-wise gated RNN", GatedRNNConfig(), "0.30"),
+    "s4": Alone("S4, diagonal plus low rank", S4Config(state_size=32), "0.26"),
+    "s4d": Alone("S4D from HiPPO-LegS", S4DConfig(state_size=32), "0.27"),
+    "s5": Alone("S5", S5Config(state_size=96), "0.28"),
+    "lru": Alone("The linear recurrent unit", LRUConfig(state_size=96), "0.36"),
 }
 
 
@@ -119,7 +184,7 @@ def _preset(name: str, alone: Alone) -> Callable[[], Experiment]:
     """The preset of one mixer, with its command, size and expectation as its docstring."""
 
     def preset() -> Experiment:
-        return Experiment(_small((alone.mixer,) * 3, 96, channel=alone.channel), _MINUTES, DataConfig())
+        return Experiment(_small((alone.mixer,) * 3, 96, **alone.options), _MINUTES, DataConfig())
 
     expected = "not measured yet" if alone.bits is None else f"{alone.bits} bits per byte held out"
     preset.__name__ = preset.__qualname__ = name
