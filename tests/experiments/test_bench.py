@@ -119,17 +119,6 @@ def test_the_work_of_a_peer_is_that_of_the_parameters_a_token_meets() -> None:
     assert peers._in_products(model) == all_but + sum(inside.values()) - routed / 2
 
 
-@pytest.mark.parity
-def test_a_step_here_and_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = peers.configs()["mamba2"]
-    monkeypatch.setattr(peers, "configs", lambda: {"mamba2": options})
-    ours, theirs = peers.rows(quick=True, seed=0)
-    assert theirs["implementation"].startswith("transformers 5.")
-    assert 0 < ours["error"] == theirs["error"] < peers.TOLERANCE
-    (verdict,) = peers.verdicts([ours, theirs])
-    assert "times the tokens a second of transformers" in verdict
-
-
 @pytest.mark.slow
 def test_scans_and_decoding_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "examples", lambda: [(n, c) for n, c in examples() if n in ("rg_lru", "attention")])
