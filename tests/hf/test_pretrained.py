@@ -17,22 +17,19 @@ import safetensors.numpy
 from flax import nnx
 
 from seqmodels import ModelConfig, params
-from seqmodels.hf import load_pretrained, save_pretrained
+from seqmodels.hf import ARCHITECTURES, load_pretrained, save_pretrained
+from seqmodels.hf.architecture import express
 from seqmodels.hf.files import CONFIG, INDEX, SINGLE
 from seqmodels.layers import NormConfig
 from seqmodels.mixers import GLAConfig, Mamba2Config
+from tests.hf import models
 
-MIXER = Mamba2Config(head_size=16, state_size=8, groups=2, bias=True)
-MODEL = ModelConfig(vocab_size=11, width=32, layers=(((MIXER,), 3),), norm=NormConfig(eps=1e-5))
+MODEL = models.MAMBA2
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    made = MODEL.make(rngs=nnx.Rngs(0))
-    definition, arrays = params.split(made)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    moved = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), arrays)
-    return params.merge(definition, moved)
+    return models.moved(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +79,37 @@ def test_a_saved_model_is_loaded_again(model: Any, folder: Path) -> None:
     assert json.loads((folder / CONFIG).read_text())["architectures"] == ["Mamba2ForCausalLM"]
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_architecture_is_written_and_read(name: str, tmp_path: Path) -> None:
+    """The same parameters and a config that means the same; a second time the same bytes."""
+    model = models.moved(models.MODELS[name])
+    save_pretrained(model, tmp_path / "one")
+    assert json.loads((tmp_path / "one" / CONFIG).read_text())["model_type"] == name
+    loaded, _ = load_pretrained(tmp_path / "one")
+    chex.assert_trees_all_equal(params.split(loaded)[1], params.split(model)[1])
+    save_pretrained(loaded, tmp_path / "two")
+    same_bytes(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two"))
+    assert (tmp_path / "one" / CONFIG).read_text() == (tmp_path / "two" / CONFIG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("recurrent_gemma", "hidden_activation", "gelu"),
+        ("recurrent_gemma", "block_types", ["recurrent", "global"]),
+        ("recurrent_gemma", "rope_parameters", {"rope_type": "linear", "factor": 2.0}),
+        ("xlstm", "weight_mode", "fused"),
+        ("xlstm", "use_bias", True),
+        ("rwkv", "layer_norm_epsilon", 1e-3),
+        ("mamba", "hidden_act", "relu"),
+    ],
+)
+def test_values_that_are_not_supported(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps(express(ARCHITECTURES[name], models.MODELS[name]) | {field: value}))
+    with pytest.raises(ValueError, match=f"'{name}' has (rope_type|{field})=.* not supported: it has to be"):
+        load_pretrained(tmp_path)
+
+
 def test_a_loaded_folder_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
     """Tensors of several types keep theirs; entries of config.json without a meaning here are kept."""
     halves = {name: t.astype(ml_dtypes.bfloat16) for name, t in tensors_of(folder).items() if "A_log" not in name}
@@ -105,7 +133,8 @@ def test_tensors_in_several_files(model: Any, folder: Path, tmp_path: Path) -> N
 
 def test_layers_may_be_written_in_several_ways(model: Any, folder: Path, tmp_path: Path) -> None:
     """Groups, repeats and patterns of our config are no part of the format."""
-    other = ModelConfig(11, 32, (((MIXER, MIXER), 1), ((MIXER,), 1)), norm=MODEL.norm).make(rngs=nnx.Rngs(5))
+    config = ModelConfig(11, 32, (((models.MIXER, models.MIXER), 1), ((models.MIXER,), 1)), norm=MODEL.norm)
+    other = models.moved(config)
     save_pretrained(other, tmp_path / "other")
     loaded, _ = load_pretrained(tmp_path / "other")
     tokens = jnp.arange(7)[None]
@@ -224,7 +253,7 @@ def test_what_cannot_be_saved(model: Any, folder: Path, tmp_path: Path) -> None:
             save_pretrained(ModelConfig(**fields).make(rngs=nnx.Rngs(0)), tmp_path / "other")
 
     raises("mamba2: a block has to consist of Mamba2Config, not of GLAConfig", layers=(((GLAConfig(),), 2),))
-    raises("mamba2: .* this model has 2 different", layers=(((MIXER, Mamba2Config(head_size=32)), 1),))
+    raises("mamba2: .* this model has 2 different", layers=(((models.MIXER, Mamba2Config(head_size=32)), 1),))
     raises("mamba2: ModelConfig.logits_cap has to be None there, not 30.0", logits_cap=30.0)
     raises("mamba2: Mamba2Config.norm_eps has to be 1e-06 there, not 1e-05", norm=NormConfig(eps=1e-6))
     assert not (tmp_path / "other").exists()

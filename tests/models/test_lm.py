@@ -110,11 +110,11 @@ def test_time_sharded_over_devices_equals_one_device() -> None:
 
 def test_logits_from_embedding_or_head() -> None:
     tokens = random_tokens()
-    for options in ({}, {"tied": False}, {"logits_cap": 0.5}, {"embed_scale": True}):
+    for options in ({}, {"tied": False}, {"logits_cap": 0.5}, {"embed_scale": True}, {"embed_scale": 1.5}):
         model = make((((MLP,), 1),), **options)
         weight = model.head.kernel[...] if "tied" in options else model.embedding[...].T
         aux = model.forward(tokens)[2]
-        x = model.embedding[...][tokens] * (WIDTH**0.5 if "embed_scale" in options else 1)
+        x = model.embedding[...][tokens] * {True: WIDTH**0.5, 1.5: 1.5, False: 1}[options.get("embed_scale", False)]
         (step,) = model.stack.groups[0].steps
         rms = lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
         gate, up, down = (getattr(step.layer, name).kernel[...][0] for name in ("gate", "up", "down"))

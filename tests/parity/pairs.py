@@ -89,7 +89,7 @@ def check_logits(pair: Pair) -> None:
         with torch.no_grad():
             expected = pair.theirs(torch.tensor(tokens), use_cache=False).logits.numpy()
         assert expected.std() > 0.1, "logits this small would agree whatever the models compute"
-        close(pair, "logits", _run(pair.ours, tokens)[0], expected)
+        close(pair, "logits", run(pair.ours, tokens)[0], expected)
 
 
 def check_states(pair: Pair, cached: Callable[[Any], Iterator[Any]], of_ours: Callable[[Any], Any]) -> None:
@@ -104,7 +104,7 @@ def check_states(pair: Pair, cached: Callable[[Any], Iterator[Any]], of_ours: Ca
         with torch.no_grad():
             output = pair.first(pair.theirs, prefix)
             expected = [jax.tree.map(lambda leaf: leaf.numpy().copy(), state) for state in cached(output)]
-        _, state = _run(pair.ours, prefix, pair.ours.init_state(pair.rows, LENGTH))
+        _, state = run(pair.ours, prefix, pair.ours.init_state(pair.rows, LENGTH))
         found = [of_ours(one) for one in layer_states(pair.ours, state)]
         assert len(found) == len(expected)
         for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -114,7 +114,7 @@ def check_states(pair: Pair, cached: Callable[[Any], Iterator[Any]], of_ours: Ca
                 assert error < STATE_ERROR, f"a state of layer {number} after {length} tokens is off by {error:.1e}"
         with torch.no_grad():
             logits = _continued(pair.theirs, rest, output).logits
-        close(pair, "logits", _run(pair.ours, rest, state)[0], logits.numpy())
+        close(pair, "logits", run(pair.ours, rest, state)[0], logits.numpy())
 
 
 def check_decoding(pair: Pair) -> None:
@@ -125,7 +125,7 @@ def check_decoding(pair: Pair) -> None:
     state, output = pair.ours.init_state(pair.rows, DECODED), None
     for at in range(DECODED):
         token = tokens[:, at : at + 1]
-        logits, state = _run(pair.ours, token, state)
+        logits, state = run(pair.ours, token, state)
         close(pair, "logits", logits[:, 0], whole[:, at])
         with torch.no_grad():
             output = pair.first(pair.theirs, token) if output is None else _continued(pair.theirs, token, output)
@@ -209,7 +209,7 @@ def _jitted(definition: Any, arrays: Any, tokens: Any, state: Any) -> Any:
     return params.merge(definition, arrays)(tokens, state)
 
 
-def _run(model: Any, tokens: np.ndarray, state: Any = None) -> Any:
+def run(model: Any, tokens: np.ndarray, state: Any = None) -> Any:
     definition, arrays = params.split(model)
     return _jitted(definition, arrays, jnp.asarray(tokens), state)
 
