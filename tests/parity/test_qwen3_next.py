@@ -172,7 +172,7 @@ def test_a_model_of_ours_becomes_a_folder_that_transformers_reads(tmp_path: Path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
     again, _ = load_pretrained(tmp_path / "saved")
     for model in (ours, again):
-        pair = pairs.Pair("qwen3_next", theirs, model, tmp_path / "saved")
+        pair = pairs.Pair("qwen3_next", theirs, model, tmp_path / "saved", pairs.first_call, pairs.BATCH)
         pairs.check_logits(pair)
 
 
