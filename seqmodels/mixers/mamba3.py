@@ -128,7 +128,8 @@ class Mamba3(nnx.Module):
         state = self.init_state(x.shape[0], dtype=x.dtype) if state is None else state
         if state.memory.shape[0] != x.shape[0]:
             raise ValueError(f"a state of {state.memory.shape[0]} rows cannot continue x of shape {x.shape}")
-        options = {"segments": context.segments, "method": config.method, "sequence_axis": context.sequence_axis}
+        options: dict[str, Any] = {"segments": context.segments, "sequence_axis": context.sequence_axis}
+        options["method"] = config.method
         x = jnp.where(valid[..., None], x, 0)
         ends = [sum(self.sizes[: n + 1]) for n in range(len(self.sizes) - 1)]
         z, value, b, c, *gates = jnp.split(self.input(x), ends, axis=-1)
