@@ -31,8 +31,8 @@ class S4Config(MixerConfig):
     `state_size` counts both halves of the conjugate pairs. A and B are shared by width / `copies` channels, dt and C
     belong to each. A, P and B start as HiPPO-LegS in the basis of its normal part, log dt uniform between the logs of
     `step_range`, C complex normal of variance 1, skip normal. As published A, P, B and dt have no weight decay; skip
-    has none here either. `method`: `convolution` (what `auto` takes beyond 4 steps), `sequential`, `associative`,
-    `chunked`; see `operators.dplr` for their costs. Not as published: C is kept as it is, and not as
+    has none here either. `method`: `convolution`, `sequential`, `associative`, `chunked` or `auto`; see
+    `operators.dplr` for their costs. Not as published: C is kept as it is, and not as
     C (I - A^T) of one length T, so that any length can follow any other; GELU is its tanh approximation.
     """
 

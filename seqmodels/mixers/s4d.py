@@ -34,7 +34,7 @@ class S4DConfig(MixerConfig):
 
     `state_size` counts both halves of the conjugate pairs. A starts from `start`: the normal part of HiPPO-LegS, or
     S4D-Lin or S4D-Inv; log dt is uniform between the logs of `step_range`, C complex normal of variance 1, skip normal.
-    `method`: `convolution` (FFT; `auto` takes it beyond 4 steps), or those of the diagonal family. A and dt have no
+    `method`: `convolution` (FFT), those of the diagonal family, or `auto` for one of the two. A and dt have no
     weight decay, as published. Not as published: skip has none either, GELU is its tanh approximation, and there is
     no dropout inside the layer.
     """

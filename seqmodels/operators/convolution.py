@@ -118,5 +118,6 @@ def _carry(
     if axis is None:
         after = jax.vmap(lambda element, before: act(recurrence, element, before))
         return state, after(span, select(starts, jnp.zeros_like(state), state))
-    one = lambda flag, element, before: sharded_carry(recurrence, (flag, element), element, before, axis)
+    spans = recurrence._replace(elements=lambda element: element, update=None)  # whole spans are its inputs
+    one = lambda flag, element, before: sharded_carry(spans, (flag, element), element, before, axis)
     return jax.vmap(one)(starts, span, state)

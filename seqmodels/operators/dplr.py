@@ -16,7 +16,7 @@ from jaxtyping import Array, Complex, Float, Int
 
 from seqmodels.operators.convolution import CONVOLUTION, convolve_documents
 from seqmodels.operators.family import check_method, run_family
-from seqmodels.operators.state_space import SHORT
+from seqmodels.operators.state_space import convolution_or_loop
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
 
@@ -134,13 +134,12 @@ def dplr_scan(
 ) -> tuple[Float[Array, "B T D"], Complex[Array, "B D N"]]:
     """A DPLR state space per channel: `(y [B, T, D], state)`.
 
-    `convolution` (what `auto` takes beyond 4 steps) has the kernel from the transfer function, a Cauchy sum corrected
-    by Woodbury's identity, in O(N T) a channel; `sequential` is O(N) a step. `associative` and `chunked` combine spans,
-    at O(N^2 log T) a step. Matrices of [D, 2N, 2N] for each binary digit of T serve all but `sequential`.
+    `convolution` has the kernel from the transfer function, a Cauchy sum corrected by Woodbury's identity, in O(N T) a
+    channel; `sequential` is O(N) a step; `auto` is one of the two. `associative` and `chunked` combine spans, at
+    O(N^2 log T) a step. Matrices of [D, 2N, 2N] for each binary digit of T serve all but `sequential`.
     """
     check_method(method, chunk, also=(CONVOLUTION,))
-    if method == "auto":
-        method = CONVOLUTION if u.shape[1] > SHORT else "sequential"
+    method = convolution_or_loop(*u.shape[:2]) if method == "auto" else method
     u = u.astype(jnp.promote_types(u.dtype, system.half_step.dtype))
     u = u if segments is None else jnp.where(segments.valid[..., None], u, 0)
     if method == CONVOLUTION:
@@ -230,7 +229,9 @@ def _resolvents(system: DPLR, outward: Array, length: int) -> Resolvents:
     below, above = constant(-np.expm1(point)), constant(1 + np.exp(point))
     half = system.half_step[None] * above
     eigenvalues, p, b, c = (_both(a)[None] for a in (*system[:3], outward))
-    inverse = 1 / (below - half * eigenvalues)
+    difference = below - half * eigenvalues
+    # |difference| lies between about SHRINK / T and 2 + |half eigenvalue|: no need of a division's care for extremes
+    inverse = difference.conj() * (1 / (jnp.square(difference.real) + jnp.square(difference.imag)))
     total = lambda a: jnp.sum(a, axis=-1, keepdims=True)
     correction = half * inverse * (1 / (1 + half * total(p.conj() * p * inverse)))
     rows = c * inverse - total(c * p * inverse) * correction * p.conj()

@@ -12,14 +12,27 @@ from seqmodels.operators.family import check_method, run_family
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
 
-SHORT = 4
-"""Up to so many steps a loop is faster than a kernel of that length."""
+SHORT, FEW = 4, 4
+"""Up to so many steps a loop is faster than a kernel of that length; and on a CPU for so many rows, whatever the length
+(on 2 cores that others used too, 1,024 steps of 256 channels with 64 states: about equal at 8 rows)."""
 
 
-def powers(rate: Complex[Array, "*N"], length: int) -> Complex[Array, "T *N"]:
-    """exp(j rate) for j = 0 .. length - 1."""
-    time = jnp.arange(length, dtype=rate.real.dtype).reshape(-1, *[1] * rate.ndim)
-    return jnp.exp(time * rate[None])
+def convolution_or_loop(batch: int, length: int) -> str:
+    """What `auto` takes for a state space per channel: a kernel's cost hardly grows with the batch, a loop's does."""
+    loop = length <= SHORT or (jax.default_backend() == "cpu" and batch <= FEW)
+    return "sequential" if loop else CONVOLUTION
+
+
+def powers(rate: Complex[Array, "*D N"], length: int) -> Complex[Array, "*D T N"]:
+    """exp(j rate) for j = 0 .. length - 1, from tables of 32 and of length / 32: a product costs less than an exp."""
+    front, (size,) = rate.shape[:-1], rate.shape[-1:]
+
+    def table(stop: int, step: int) -> Array:
+        time = jnp.arange(0, stop, step, dtype=rate.real.dtype)
+        return jnp.exp(time.reshape((1,) * len(front) + (-1, 1)) * rate[..., None, :])
+
+    both = table(length, 32)[..., :, None, :] * table(min(length, 32), 1)[..., None, :, :]
+    return both.reshape(*front, -1, size)[..., :length, :]
 
 
 def channel_recurrence(
@@ -72,13 +85,12 @@ def channel_state_space(
 ) -> tuple[Float[Array, "B T D"], Complex[Array, "B D N"]]:
     """A diagonal state space of N complex numbers per channel: `(y [B, T, D], state)`, as `channel_recurrence` says.
 
-    `convolution` (what `auto` takes beyond 4 steps) computes y = K * u with K_j = Re(sum outward exp(j rate) inward),
-    so that no state but the last one exists; the powers of the decay, [T, D, N] complex, exist once for the batch and
-    are computed again in the backward pass. The other methods are those of the diagonal family. Re(rate) <= 0.
+    `convolution` computes y = K * u with K_j = Re(sum outward exp(j rate) inward), so that no state but the last one
+    exists; the powers of the decay, [D, T, N] complex, exist once for the batch and are computed again in the backward
+    pass. The other methods are those of the diagonal family; `auto` is `convolution_or_loop`. Re(rate) <= 0.
     """
     check_method(method, chunk, also=(CONVOLUTION,))
-    if method == "auto":
-        method = CONVOLUTION if u.shape[1] > SHORT else "sequential"
+    method = convolution_or_loop(*u.shape[:2]) if method == "auto" else method
     u = _visible(u, rate, segments)
     if method == CONVOLUTION:
         run = lambda u, rate, inward, outward, state: _convolve(
@@ -113,16 +125,17 @@ def _convolve(
     flat = state.reshape(state.shape[0], -1)
 
     def fold(recent: Array) -> Array:
-        total = jnp.einsum("tdn,btd->bdn", power, recent.astype(power.dtype), precision="highest") * inward[None]
-        return total.reshape(flat.shape)
+        part = lambda power: jnp.einsum("dtn,btd->bdn", power, recent, precision="highest")
+        return (jax.lax.complex(part(power.real), part(power.imag)) * inward[None]).reshape(flat.shape)
 
     def extend(flat: Array) -> Array:
         carried = flat.reshape(state.shape) * after_one[None]
-        return jnp.einsum("tdn,bdn->btd", power, carried, precision="highest").real
+        part = lambda power, state: jnp.einsum("dtn,bdn->btd", power, state, precision="highest")
+        return part(power.real, carried.real) - part(power.imag, carried.imag)
 
     y, after = convolve_documents(
         u,
-        jnp.sum((power * (inward * outward)[None]).real, axis=-1),
+        jnp.sum((power * (inward * outward)[:, None]).real, axis=-1).T,
         flat,
         fold=fold,
         extend=extend,

@@ -28,7 +28,7 @@ def assert_halves(hidden: Any, expected: np.ndarray) -> None:
 
 
 S4D = {
-    "legs": (S4DConfig(state_size=4), {}),
+    "legs-convolution": (S4DConfig(state_size=4, method="convolution"), {}),
     "lin-bilinear": (
         S4DConfig(state_size=6, start="lin", discretization="bilinear", output="half_glu2", method="sequential"),
         {"method": "bilinear", "kind": "half_glu2"},
@@ -141,6 +141,26 @@ def test_lru(config: LRUConfig) -> None:
     after, expected = case.check(STARTS)
     chex.assert_trees_all_close(after.hidden[0], expected, rtol=EXACT, atol=EXACT)
     case.check({5}, after, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (S4DConfig, {"method": "fft"}, "unknown method 'fft': choose one of .*pallas, convolution"),
+        (S4Config, {"state_size": 5}, "it is even, not 5"),
+        (S4Config, {"copies": 0}, "copies must be at least 1, not 0"),
+        (S4DConfig, {"start": "legt"}, "unknown start 'legt'; choose one of legs, lin, inv"),
+        (S5Config, {"discretization": "euler"}, "unknown discretization 'euler'; choose one of zoh, bilinear"),
+        (S5Config, {"state_size": 12, "blocks": 4}, "does not divide into blocks=4 of an even size"),
+        (S5Config, {"step_range": (0.0, 1.0)}, "step_range needs 0 < low <= high"),
+        (LRUConfig, {"min_radius": 0.9, "max_radius": 0.5}, "min_radius < max_radius <= 1, not 0.9, 0.5"),
+        (LRUConfig, {"max_phase": 7.0}, "not 7.0"),
+        (LRUConfig, {"output": "glu"}, "unknown output 'glu'; choose one of full_glu"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(config: Any, fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
 
 
 @pytest.mark.parametrize("size", [2, 8])
