@@ -96,7 +96,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "slstm", SLSTMConfig()
     yield "gated_rnn", GatedRNNConfig()
     yield "s4", S4Config(state_size=8)
-    yield "s4d", S4DConfig(state_size=8)
+    yield "s4d", S4DConfig(state_size=8, method="convolution")
     yield "s5", S5Config(state_size=32, blocks=2, output="full_glu")
     yield "lru", LRUConfig(state_size=32)
     yield "mingru", MinGRUConfig()
