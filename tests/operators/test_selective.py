@@ -99,6 +99,7 @@ def test_gradients_with_segments(options: dict, x64: None) -> None:
         y, after = selective_scan(x, dt, a, b, c, d, state, segments=segments, **options)
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(after))
 
+    assert np.isfinite(loss(x, dt, a, b, c, d, state))
     check_grads(loss, (x, dt, a, b, c, d, state), order=1, modes=["rev"])
 
 

@@ -8,6 +8,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from seqmodels.mixers import Mamba1Config, Mamba3Config
 from tests.oracles.mamba1 import mamba1_block
@@ -31,6 +32,15 @@ def test_mamba1(name: str) -> None:
     chex.assert_trees_all_close(after.ssm[0], expected["ssm"], rtol=EXACT, atol=EXACT)
     chex.assert_trees_all_close(after.conv[0], expected["conv"], rtol=EXACT, atol=EXACT)
     case.check({5}, after, expected)
+
+
+def test_mamba1_starts_as_published() -> None:
+    mixer = Mamba1Config(state_size=3).make(32, layer=0, depth=2, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_close(np.exp(mixer.a_log[...]), np.broadcast_to([1.0, 2.0, 3.0], (64, 3)), rtol=1e-6)
+    steps = np.log1p(np.exp(np.asarray(mixer.dt_bias[...])))
+    assert 0.9e-3 < steps.min() < 5e-3
+    assert 2e-2 < steps.max() < 0.11
+    assert mixer.step.kernel[...].shape == (2, 64)  # rank ceil(32 / 16)
 
 
 MAMBA3 = {
