@@ -23,6 +23,8 @@ SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Their state is one number a channel and nothing else, so an element is as many decays again, and a flag.
 ELEMENTWISE = {"gated_rnn", "mingru", "minlstm"}
+# A delta rule's element is a dense K x K transition beside the K x V memory; here K = V, and little else is carried.
+DENSE = {"rwkv7"}
 SHARDED = [name for name in CONFIGS if name not in SEQUENTIAL]
 
 
@@ -80,5 +82,5 @@ def test_a_recurrence_sends_one_element_a_device(name: str, gradients: bool) -> 
     assert 0 < short == long
     state = sum(np.asarray(leaf[:1]).nbytes for leaf in jax.tree.leaves(subject(name).fresh.state))
     # an element is a state and its decays; the flags and counts of tokens come on top
-    element = 2 * state + 1 if name in ELEMENTWISE else 1.5 * state
+    element = 2 * state + 1 if name in ELEMENTWISE | DENSE else 1.5 * state
     assert short <= (1 + gradients) * DEVICES * element
