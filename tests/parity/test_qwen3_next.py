@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention", "linear_attention"],
         "norm_topk_prob": False,
         "attention_bias": True,
+        "rms_norm_eps": 1e-5,
     },
     "other-heads": {
         "num_hidden_layers": 3,
@@ -60,9 +61,18 @@ def made_config(**changes: Any) -> Any:
     return transformers.Qwen3NextConfig(**sizes, experts_implementation="eager")
 
 
+def slower(name: str, value: torch.Tensor) -> torch.Tensor | None:
+    """Rates of decay up to 3 in place of 20.
+
+    A memory that forgets everything within a token leaves q k^T v, often nearly zero, to the norm, which divides by its
+    size: both models are then off by 1e-4 from float64.
+    """
+    return value - 2.0 if name.endswith("A_log") else None
+
+
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pairs.Pair:
-    return pairs.make_pair(made_config(**CASES[request.param]), tmp_path_factory.mktemp("qwen3_next"))
+    return pairs.make_pair(made_config(**CASES[request.param]), tmp_path_factory.mktemp("qwen3_next"), slower)
 
 
 def cached(output: Any) -> Iterator[Any]:
