@@ -17,8 +17,8 @@ from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.rates import check_ranges, log_uniform_rates, step_biases
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.mixers.gla import head_size
-from seqmodels.operators.delta_product import delta_product
 from seqmodels.operators.family import check_method
+from seqmodels.operators.householder import delta_product
 from seqmodels.params import Group, param
 from seqmodels.typing import Context, MixerConfig
 

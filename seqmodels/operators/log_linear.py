@@ -117,18 +117,23 @@ def _emit(inputs: LogLinear, state: Array, reset: Bool[Array, "C"]) -> Array:
     steps = jnp.arange(length)
     last = jnp.concatenate([jnp.zeros_like(inputs.jump[:1]), inputs.jump[:-1]])
     between = lax.cummax(jnp.where(steps[:, None] > steps[None], last[:, None], 0), axis=0)
-    mask = jnp.einsum("tl,tsl->ts", scale, _place(between, 0, levels, scale.dtype))
+    mask = _weights(scale, between)
     scores = mask * decayed_scores(inputs.query, inputs.key, log_decay[:, None])
     scores = jnp.where(segment[:, None] == segment[None], scores, 0)
     inside = compat.wide_einsum("ts,sv->tv", scores.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
 
     # what was at level l before the chunk is at the largest of l and the jumps since
     seen = jnp.maximum(jnp.arange(1, levels)[None], lax.cummax(last)[:, None])
-    weight = jnp.einsum("tl,tnl->tn", scale, _place(seen, 0, levels, scale.dtype))
+    weight = _weights(scale, seen)
     query = _f32(inputs.query) * jnp.exp(jnp.cumsum(log_decay))[:, None]
     queries = (weight[:, :, None] * query[:, None]).reshape(length, -1)
     carried = queries @ state.reshape(-1, state.shape[-1])
     return inside + jnp.where(segment[:, None] == 0, carried, 0)
+
+
+def _weights(scale: Float[Array, "T L"], level: Int[Array, "T S"]) -> Float[Array, "T S"]:
+    """scale[t, level[t, s]]."""
+    return jnp.einsum("tl,tsl->ts", scale, _place(level, 0, scale.shape[1], scale.dtype))
 
 
 def _fold(inputs: LogLinear, reset: Bool[Array, "C"]) -> LogLinearElement:
