@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqmodels.layers.gated_output import Output
 from seqmodels.mixers.attention import AttentionConfig
 from seqmodels.mixers.deltanet import DeltaNetConfig
 from seqmodels.mixers.deltaproduct import DeltaProductConfig
@@ -97,7 +98,7 @@ def examples() -> Iterator[tuple[str, MixerConfig]]:
     yield "gated_rnn", GatedRNNConfig()
     yield "s4", S4Config(state_size=8)
     yield "s4d", S4DConfig(state_size=8, method="convolution")
-    yield "s5", S5Config(state_size=32, blocks=2, output="full_glu")
+    yield "s5", S5Config(state_size=32, blocks=2, output=Output.FULL_GLU)
     yield "lru", LRUConfig(state_size=32)
     yield "mingru", MinGRUConfig()
     yield "minlstm", MinLSTMConfig()

@@ -106,7 +106,14 @@ class S4(nnx.Module):
         if state.hidden.shape[0] != x.shape[0]:
             raise ValueError(f"a state of {state.hidden.shape[0]} rows cannot continue x of shape {x.shape}")
         x = jnp.where(segments.valid[..., None], x, 0)
-        options = {"segments": segments, "chunk": config.chunk, "sequence_axis": context.sequence_axis}
-        y, hidden = dplr_scan(x, self.system(), state.hidden, method=config.method, **options)
+        y, hidden = dplr_scan(
+            x,
+            self.system(),
+            state.hidden,
+            segments=segments,
+            method=config.method,
+            chunk=config.chunk,
+            sequence_axis=context.sequence_axis,
+        )
         y = self.out(y + along_last(self.skip[...], y) * x, x.dtype)
         return jnp.where(segments.valid[..., None], y, 0), S4State(hidden)

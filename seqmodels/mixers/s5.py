@@ -104,8 +104,16 @@ class S5(nnx.Module):
         log_decay, inward, elapsed = self._dynamics(context, x.shape[:2])
         drive = self.inward(x)
         drive = drive * inward.reshape((1,) * (drive.ndim - inward.ndim) + inward.shape)
-        options = {"segments": segments, "chunk": config.chunk, "sequence_axis": context.sequence_axis}
-        h, hidden = state_space(drive, log_decay, state.hidden, elapsed=elapsed, method=config.method, **options)
+        h, hidden = state_space(
+            drive,
+            log_decay,
+            state.hidden,
+            elapsed=elapsed,
+            segments=segments,
+            method=config.method,
+            chunk=config.chunk,
+            sequence_axis=context.sequence_axis,
+        )
         y = 2 * self.outward(h)
         y = self.out(y + along_last(self.skip[...], y) * x, x.dtype)
         return jnp.where(segments.valid[..., None], y, 0), S5State(hidden)
