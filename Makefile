@@ -10,7 +10,7 @@ JOBS := 2
 PARALLEL := -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test test-all test-parity lint format clean
+.PHONY: help install demo demo-short test test-all test-parity evidence lint format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,11 @@ test-all: $(STAMP)  ## Run the quick and the slow tests (at most 40 minutes)
 test-parity: $(PARITY)  ## Compare with transformers' models on tiny random ones (installs torch and transformers)
 	@echo "test-parity: logits, states and gradients beside transformers'"
 	@$(PYTHON) -m pytest -m parity $(PARALLEL) tests/parity
+
+evidence: $(PARITY)  ## Measure the errors against oracles again and write them into the README's table (about 10 minutes)
+	@echo "evidence: tests of oracles and parity, then the README's table"
+	@$(PYTHON) -m pytest -m "not slow" -q tests/oracles tests/models/test_rwkv.py tests/parity --evidence docs/evidence.json
+	@$(PYTHON) tools/mixers.py
 
 $(PARITY): $(STAMP)
 	@echo "test-parity: installing torch and transformers into $(VENV)"

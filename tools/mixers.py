@@ -170,7 +170,7 @@ def rows() -> Iterator[list[str]]:
         own = evidence[type(system.config).__name__]
         found = [f"[{Path(path).stem}]({path}) {error:.0e}" for path, error in own.items()]
         for model in system.published.split():
-            found += [f"{package} ({model}) {error:.0e}" for package, error in evidence[model].items()]
+            found += [f"{package.split()[0]}' {model} {error:.0e}" for package, error in evidence[model].items()]
         yield [
             f"[{system.name}]({file})" + (f": {system.note}" if system.note else ""),
             ", ".join(_paper(paper) for paper in system.papers.split()) if system.papers[4] == "." else system.papers,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from seqmodels.layers.mlp import MLPConfig
+from seqmodels.layers.mlp import Activation, MLPConfig
 from seqmodels.layers.norms import NormConfig, NormKind
 from seqmodels.layers.stack import Block, Element, LayerGroups
 from seqmodels.mixers.attention import AttentionConfig
@@ -87,12 +87,13 @@ def xlstm(
     scalar, matrix = Block(SLSTMConfig(heads=heads), mlp), MLSTMConfig.original(heads=heads)
     norm = NormConfig(NormKind.LAYER, eps=1e-5, bias=False)
     layers = runs([scalar if place in places else matrix for place in range(blocks)])
-    return ModelConfig(vocab_size, width, layers, **({"norm": norm, "tied": False} | changes))
+    published: dict[str, Any] = {"norm": norm, "tied": False}
+    return ModelConfig(vocab_size, width, layers, **(published | changes))
 
 
 def xlstm_7b(blocks: int = 32, width: int = 4096, vocab_size: int = 50_304, **changes: Any) -> ModelConfig:
     """xLSTM-7B (arXiv 2503.13427): mLSTM without convolution, each followed by a SwiGLU; smaller with other sizes."""
-    mlp = MLPConfig(activation="silu", hidden=64 * math.ceil(2.667 * width / 64))
+    mlp = MLPConfig(activation=Activation.SILU, hidden=64 * math.ceil(2.667 * width / 64))
     layers = (((MLSTMConfig(heads=8), mlp), blocks),)
     return ModelConfig(vocab_size, width, layers, **({"tied": False, "logits_cap": 30.0} | changes))
 
