@@ -15,7 +15,7 @@ from seqmodels.layers.linear import Linear
 from seqmodels.layers.mlp import Activation, activate
 from seqmodels.layers.token_shift import lerp, no_token, shares, token_shift
 from seqmodels.params import Group, param
-from seqmodels.typing import ChannelConfig, Context
+from seqmodels.typing import ChannelConfig, Context, Initializer
 
 VERSIONS = (4, 6, 7)
 
@@ -58,7 +58,8 @@ class RWKVChannel(nnx.Module):
         mix = functools.partial(param, rngs, (width,), group=Group.DYNAMICS, axes=("embed",))
         zeros = jax.nn.initializers.zeros
         if config.version == 7:
-            share, key = shares(layer, depth, (1 - layer / depth) ** 3), uniform(0.5 * width**-0.5)
+            share = shares(layer, depth, (1 - layer / depth) ** 3)
+            key: Initializer = uniform(0.5 * width**-0.5)
         else:
             gain = max(1.0, hidden / width) ** 0.5 if config.version == 4 else 1.0
             share, key = shares(layer, depth), jax.nn.initializers.orthogonal(gain)
@@ -86,10 +87,10 @@ class RWKVChannel(nnx.Module):
         return y, RWKVChannelState(last), {}
 
 
-def uniform(bound: float) -> jax.nn.initializers.Initializer:
+def uniform(bound: float) -> Initializer:
     """Uniform in [-bound, bound]."""
 
-    def init(key: Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init

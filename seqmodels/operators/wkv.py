@@ -119,7 +119,7 @@ def wkv_scan(
             f"key and value [B, T, D], log_decay and bonus [D]; "
             f"not {key.shape}, {value.shape}, {log_decay.shape}, {bonus.shape}"
         )
-    state = empty_wkv(key.shape[:1], *size, jnp.result_type(key, value)) if state is None else state
+    state = empty_wkv(key.shape[:1], key.shape[2], jnp.result_type(key, value)) if state is None else state
     if any(leaf.shape != (key.shape[0], *size) for leaf in state):
         raise ValueError(f"a state of shapes {[leaf.shape for leaf in state]} cannot continue keys of {key.shape}")
     out, state = run_family(
