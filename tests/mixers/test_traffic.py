@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Their state is one number a channel and nothing else, so an element is as many decays again, and a flag.
 ELEMENTWISE = {"gated_rnn", "mingru", "minlstm"}
 # A delta rule's element is a dense K x K transition beside the K x V memory; here K = V, and little else is carried.
-DENSE = {"rwkv7"}
+DENSE = {"rwkv7", "deltanet", "kda"}
 SHARDED = [name for name in CONFIGS if name not in SEQUENTIAL]
 
 
