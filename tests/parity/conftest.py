@@ -13,3 +13,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     excluded = "not parity" in config.getoption("markexpr") or not installed
     return True if collection_path.name.startswith("test_") and excluded else None
+
+
+@pytest.fixture(autouse=True)
+def compiled_in_a_hurry(request: pytest.FixtureRequest) -> None:
+    """Compilation is most of the time here; the logits, which go into the record, are of programs as users run them."""
+    if "logits" not in request.node.name:
+        request.getfixturevalue("quick_compilation")

@@ -26,6 +26,8 @@ from seqmodels.hf import ARCHITECTURES, load_pretrained, save_pretrained, to_ten
 from seqmodels.hf.architecture import steps
 from tests import evidence
 
+torch.set_num_threads(1)  # models this small only wait for more
+
 LOGITS_ERROR = 1e-4
 """The bound that the project promises on logits, which are of order 1 here; what is seen is a few float32 roundings."""
 STATE_ERROR = 1e-4
@@ -98,7 +100,7 @@ def check_states(pair: Pair, cached: Callable[[Any], Iterator[Any]], of_ours: Ca
     `cached(output)`: transformers' states, layer after layer, from the output of a call; `of_ours(state)`: the same of
     a mixer's state of ours, leaf by leaf. Odd and even prefixes, and such that fill no window.
     """
-    for length in (1, 2, PREFIX, LENGTH - 1):
+    for length in (1, PREFIX, LENGTH - 1):
         tokens = pair.tokens[: pair.rows]
         prefix, rest = tokens[:, :length], tokens[:, length : length + 1]
         with torch.no_grad():
