@@ -22,6 +22,7 @@ from seqmodels.typing import Segments
 
 _ENDLESS = 1 << 30  # tokens that no document has
 SMALLEST_BUCKET = 16  # prompts are padded to powers of two from here on, so that few shapes are compiled
+NOT_A_TOKEN = -2  # in place of one that would be sampled from NaN
 
 
 class GenerationState(NamedTuple):
@@ -70,7 +71,7 @@ def _programs(definition: params.Definition) -> _Programs:
             token = jnp.argmax(state.logits, axis=-1)
         else:
             token = draw(jax.random.fold_in(key, count), state.logits, sampling, restricted=restricted)
-        token = token.astype(jnp.int32)
+        token = jnp.where(jnp.any(jnp.isnan(state.logits), axis=-1), NOT_A_TOKEN, token.astype(jnp.int32))
         if not stops:
             read, after = model(token[:, None], state.model)
             return token, done, GenerationState(after, read[:, 0])
@@ -205,11 +206,12 @@ class Stream(Iterator[np.ndarray]):
     def __next__(self) -> np.ndarray:
         if self._finished():
             raise StopIteration
-        return np.asarray(self._advance())
+        number = self._count
+        return _checked(np.asarray(self._advance())[:, None], number)[:, 0]
 
     def collect(self) -> Generation:
         """All the tokens that are left, and the state after them."""
-        tokens = []
+        tokens, first = [], self._count
         before = self._done
         while self._count < self._steps:
             tokens.append(self._advance())
@@ -219,7 +221,7 @@ class Stream(Iterator[np.ndarray]):
                 break
             before = self._done
         rows = np.stack(jax.device_get(tokens), axis=1) if tokens else np.zeros((len(self._done), 0), np.int32)
-        return Generation(rows, self._state)
+        return Generation(_checked(rows, first), self._state)
 
 
 def stream(model: Any, prompt: Any, steps: int, **settings: Any) -> Stream:
@@ -238,9 +240,22 @@ def generate(model: Any, prompt: Any, steps: int, **settings: Any) -> Generation
     call to go on from (the prompt's rows may then be empty); `capacity`, how many tokens the caches of full attention
     are to hold, those of later calls included (default: enough for this call).
 
-    Raises ValueError where prompt and steps exceed that capacity, with both numbers.
+    Raises ValueError where prompt and steps exceed that capacity, with both numbers, and FloatingPointError where the
+    model's logits are NaN.
     """
     return Stream(model, prompt, steps, **settings).collect()
+
+
+def _checked(tokens: np.ndarray, first: int) -> np.ndarray:
+    """Raises FloatingPointError where a token was to be sampled from NaN; `first` counts those handed out before."""
+    row, step = np.nonzero(tokens == NOT_A_TOKEN)
+    if row.size:
+        raise FloatingPointError(
+            f"the logits of rows {sorted(set(row.tolist()))} are NaN from new token {first + step.min() + 1} on: the "
+            "parameters are not finite, the state given is not, a document is longer than its layers can hold, or "
+            "Newton's method did not converge (method='newton': use 'sequential')"
+        )
+    return tokens
 
 
 def _bucket(length: int) -> int:

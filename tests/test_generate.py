@@ -168,3 +168,22 @@ def test_wrong_arguments_are_named(model, change, message):
     arguments = {"prompt": [[1, 2]], "steps": 2, "key": KEY, **change}
     with pytest.raises(ValueError, match=message):
         generate(model, arguments.pop("prompt"), arguments.pop("steps"), **arguments)
+
+
+def test_tokens_are_not_sampled_from_nan(model):
+    """One row's state is damaged: that row is named, and nothing is handed out from it."""
+    _, state = generate(model, PROMPTS, 2, temperature=0, capacity=64)
+    poisoned = state._replace(model=jax.tree.map(lambda a: _poison(a, row=1), state.model))
+    rest = [[], [], []]
+    with pytest.raises(FloatingPointError, match=r"rows \[1\] are NaN from new token 2 on.*newton"):
+        generate(model, rest, 3, temperature=0, state=poisoned)
+    tokens = stream(model, rest, 3, key=KEY, state=poisoned)
+    next(tokens)
+    with pytest.raises(FloatingPointError, match=r"rows \[1\] are NaN from new token 2 on"):
+        next(tokens)
+
+
+def _poison(leaf: jax.Array, row: int) -> jax.Array:
+    """NaN in one row of a leaf: the batch is the second axis of the layers' states, behind their repeats."""
+    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return leaf.at[:, row].set(jnp.nan) if inexact else leaf

@@ -12,6 +12,7 @@ import functools
 import io
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,6 +64,7 @@ def rows(*, quick: bool, seed: int) -> Iterator[Row]:
             "make test-parity installs it, or pip install -e '.[parity]'"
         ) from error
     torch.manual_seed(seed)
+    torch.set_num_threads(os.cpu_count() or 1)  # as many as XLA takes
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (BATCH, 64 if quick else LENGTH))
     for name, options in configs().items():
         with quiet(), tempfile.TemporaryDirectory() as folder:
@@ -107,6 +109,7 @@ def _compared(
             "tokens_per_second": tokens.size / taken.median,
             "share": rates().share(work, taken.median),
             "error": error,
+            "threads": os.cpu_count(),
         }
 
 

@@ -22,7 +22,7 @@ class RecurrentConfig(MixerConfig):
     """`heads`: blocks of the recurrent matrices; 1 mixes all channels, as published, more mix within a head only.
 
     `method`: `sequential`, or `newton` (all tokens at once, for a state of N numbers a head in O(T N^2) memory), which
-    `newton` sets up. Time cannot be sharded.
+    `newton` sets up; `run` returns its report of iterations. Time cannot be sharded.
     """
 
     heads: int = 1

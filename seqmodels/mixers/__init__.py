@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from seqmodels.layers.gated_output import Output
+from seqmodels.layers.hippo import Discretization, Start
 from seqmodels.mixers.attention import AttentionConfig
 from seqmodels.mixers.deltanet import DeltaNetConfig
 from seqmodels.mixers.deltaproduct import DeltaProductConfig
@@ -31,14 +32,16 @@ from seqmodels.mixers.rwkv6 import RWKV6Config
 from seqmodels.mixers.rwkv7 import RWKV7Config
 from seqmodels.mixers.s4 import S4Config
 from seqmodels.mixers.s4d import S4DConfig
-from seqmodels.mixers.s5 import S5Config
+from seqmodels.mixers.s5 import ELAPSED, S5Config
 from seqmodels.mixers.slstm import SLSTMConfig
 from seqmodels.typing import MixerConfig
 
 __all__ = [
+    "ELAPSED",
     "AttentionConfig",
     "DeltaNetConfig",
     "DeltaProductConfig",
+    "Discretization",
     "Eigenvalues",
     "FeatureMap",
     "GLAConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "Mamba3Config",
     "MinGRUConfig",
     "MinLSTMConfig",
+    "Output",
     "PrefixScan",
     "RGLRUConfig",
     "RWKV4Config",
@@ -68,6 +72,7 @@ __all__ = [
     "S4DConfig",
     "S5Config",
     "SLSTMConfig",
+    "Start",
     "examples",
 ]
 

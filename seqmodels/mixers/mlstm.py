@@ -37,8 +37,8 @@ class MLSTMConfig(MixerConfig):
     Values, and c, have `expansion` times the model's width, in `heads`; `key_size` None is half a head of values (with
     a convolution the whole, and nothing else is possible). At initialisation gates do not see their input: W_i, W_f
     are 0, b_i is drawn with mean and deviation `input_bias`, b_f linear in `forget_bias` over the heads. The output
-    starts with deviation 2 / (depth sqrt(width)), other maps with variance 2/5 over their fan-in. `chunk`: tokens per
-    chunk of the scan, None for the operator's own choice.
+    starts with deviation 2 / (depth sqrt(width)), other maps with variance 2 / (5 width). `chunk`: tokens per chunk of
+    the scan, None for the operator's own choice.
     """
 
     heads: int = 4
@@ -115,7 +115,7 @@ class MLSTM(nnx.Module):
             ones = jax.nn.initializers.ones
             self.skip = param(rngs, (inner,), ones, group=Group.DYNAMICS, axes=("recurrent",))
             blocks = functools.partial(BlockDiagonalLinear, inner, inner // config.block_size, rngs=rngs, bias=False)
-            maps = [blocks(init=small(config.block_size)) for _ in range(3)]
+            maps = [blocks(init=small(width)) for _ in range(3)]
         self.query, self.key, self.value = maps
 
         seen, zeros = (3 * inner if convolved else width), jax.nn.initializers.zeros

@@ -36,7 +36,8 @@ class S5Config(MixerConfig):
         bilinear:  A' = (1 + dt/2 A) / (1 - dt/2 A),   B' = dt / (1 - dt/2 A)
         out = the `output` of y, by default GELU(y) sigmoid(W GELU(y))
 
-    gap_t is `context.shared["elapsed"][:, t]` where that is given (irregular samples; >= 0), else 1; no method
+    gap_t is `context.shared["elapsed"][:, t]` where that is given (irregular samples; >= 0; `forward(shared=)` of a
+    model), else 1; no method
     `convolution` then, which needs equal steps. A starts as `blocks` copies of the normal part of HiPPO-LegS of size
     state_size / blocks, V diag(A) V^*; B and C as V^* B and C V with normal B, C of variance 1 / state_size, as in the
     authors' code; log dt is uniform between the logs of `step_range`, skip normal. A, dt, B and skip have no weight

@@ -35,7 +35,8 @@ class SLSTMConfig(MixerConfig):
     channel j of a head's d is 5 - 12 (j / (d - 1))^(0.3 + 1.3 layer / (depth - 1)), other biases are 0.
 
     `method`: `sequential`, or `newton` (all tokens at once, in O(T (3 D / heads)^2) memory a head), which `newton`
-    sets up. The state enters its own update through tanh and the gates: time cannot be sharded.
+    sets up; `run` returns its report of iterations. The state enters its own update through tanh and the gates: time
+    cannot be sharded.
     """
 
     heads: int = 4
@@ -91,7 +92,7 @@ class SLSTM(nnx.Module):
         self.conv = ShortConv(width, config.conv_width, rngs=rngs, variance=1 / 3)
         axes = ("heads", None, None, None)
         shape = (config.heads, size, GATES, size)
-        init = jax.nn.initializers.normal((2 / (5 * size)) ** 0.5)
+        init = jax.nn.initializers.normal((2 / (5 * width)) ** 0.5)  # by the model's width, as published
         self.kernel = param(rngs, shape, init, group=Group.MATRIX, axes=axes)
         self.recurrent = param(rngs, shape, jax.nn.initializers.zeros, group=Group.MATRIX, axes=axes)
 

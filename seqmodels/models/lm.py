@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -140,10 +141,12 @@ class LanguageModel(nnx.Module):
         segments: Segments | None = None,
         *,
         key: Array | None = None,
+        shared: Mapping[str, Any] | None = None,
     ) -> tuple[Float[Array, "B T D"], LMState, dict[str, Array]]:
         """The normalised hidden vectors, the state after the last token, and the layers' auxiliary scalars.
 
-        `key`: of this call's randomness (dropout); None, as in evaluation and generation, for none.
+        `key`: of this call's randomness (dropout); None, as in evaluation and generation, for none. `shared`: what
+        layers find in `context.shared`, as S5 the time between tokens in `shared["elapsed"]` [B, T].
         """
         self._check(tokens, state, segments)
         if segments is None:
@@ -152,9 +155,8 @@ class LanguageModel(nnx.Module):
                 segments = segments._replace(start=segments.start & (jax.lax.axis_index(self.sequence_axis) == 0))
         offset = jnp.zeros(tokens.shape[:1], jnp.int32) if state is None else state.position
         positions, position = token_positions(segments, offset, self.sequence_axis)
-        context = Context(
-            segments, positions, key, sequence_axis=self.sequence_axis, parameter_axis=self.parameter_axis
-        )
+        axes = {"sequence_axis": self.sequence_axis, "parameter_axis": self.parameter_axis}
+        context = Context(segments, positions, key, dict(shared or {}), **axes)
         # Padding may hold any integer; a token outside the vocabulary elsewhere becomes NaN rather than another token.
         tokens = jnp.where(segments.valid, tokens, 0)
         embedding = params.whole(self.embedding, self.parameter_axis)

@@ -94,7 +94,7 @@ def xlstm(
 def xlstm_7b(blocks: int = 32, width: int = 4096, vocab_size: int = 50_304, **changes: Any) -> ModelConfig:
     """xLSTM-7B (arXiv 2503.13427): mLSTM without convolution, each followed by a SwiGLU; smaller with other sizes."""
     mlp = MLPConfig(activation=Activation.SILU, hidden=64 * math.ceil(2.667 * width / 64))
-    layers = (((MLSTMConfig(heads=8), mlp), blocks),)
+    layers = (((Block(MLSTMConfig(heads=8), mlp),), blocks),)
     return ModelConfig(vocab_size, width, layers, **({"tied": False, "logits_cap": 30.0} | changes))
 
 

@@ -88,7 +88,8 @@ def why_not_finite(batch: Mapping[str, Any], vocabulary: int | None) -> str:
             return f"its batch has values in {name} that are not finite: mend the data"
     return (
         "the same command would meet it again: begin anew in another workdir with a lower train.learning_rate, "
-        "a longer train.warmup or a lower train.clip"
+        "a longer train.warmup or a lower train.clip; or with method='sequential', where a mixer's 'newton' gave NaN "
+        "because it did not converge"
     )
 
 

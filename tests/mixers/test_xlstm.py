@@ -59,6 +59,8 @@ def test_initial_values_are_the_published_ones() -> None:
     first = MLSTMConfig.original(heads=64).make(64, layer=0, depth=4, rngs=rngs)
     assert 0.05 < np.std(first.input_bias[...]) < 0.2
     assert first.inner == 128
+    for linear in (first.up, first.query, first.key, first.value):  # by the model's width, blocks of 4 channels too
+        np.testing.assert_allclose(np.std(linear.kernel[...]), (2 / (5 * 64)) ** 0.5, rtol=0.1)
 
     for layer, exponent in ((0, 0.3), (3, 1.6)):
         scalar = SLSTMConfig().make(64, layer=layer, depth=4, rngs=rngs)
@@ -67,6 +69,7 @@ def test_initial_values_are_the_published_ones() -> None:
         np.testing.assert_allclose(bias[:, 1, 5], 5 - 12 * (5 / 15) ** exponent, rtol=1e-5)
         assert not np.any(bias[:, [0, 2, 3]])
         assert not np.any(scalar.recurrent[...])
+        np.testing.assert_allclose(np.std(scalar.kernel[...]), (2 / (5 * 64)) ** 0.5, rtol=0.05)
     assert params.labels(scalar)["bias"] == params.labels(plain)["forget_bias"] == params.Group.DYNAMICS
 
 

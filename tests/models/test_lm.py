@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from seqmodels import params
 from seqmodels.layers import Block, MLPConfig, NormConfig
-from seqmodels.mixers import AttentionConfig, Mamba2Config, RGLRUConfig
+from seqmodels.mixers import ELAPSED, AttentionConfig, Mamba2Config, RGLRUConfig, S5Config
 from seqmodels.models import LanguageModel, LMState, ModelConfig
-from seqmodels.typing import Segments
+from seqmodels.typing import Context, Segments
 
 VOCAB, WIDTH, LENGTH = 19, 16, 12
 # float32 through four layers, with sums in another order.
@@ -215,6 +215,29 @@ def test_equal_documents_leave_equal_states(hybrid: Any) -> None:
 def test_attention_that_looks_ahead_is_no_part_of_a_language_model() -> None:
     with pytest.raises(ValueError, match=r"through AttentionConfig\(.*causal=False.*set causal=True"):
         make((((AttentionConfig(heads=4, causal=False),), 1),))
+
+
+def test_what_layers_share_is_given_with_the_tokens() -> None:
+    """Gaps between samples reach the S5 of every layer: a gap of zero stands still, but for what comes in."""
+    model = make((((S5Config(state_size=8), MLP), 2),))
+    tokens = random_tokens()
+    gaps = np.ones(tokens.shape, np.float32)
+    run = jax.jit(lambda gaps: model.forward(tokens, shared={ELAPSED: gaps})[0])
+    plain = jax.jit(lambda: model.forward(tokens)[0])()
+    chex.assert_trees_all_close(run(gaps), plain, rtol=ROUNDING, atol=ROUNDING)
+    gaps[:, 4] = 3.0
+    moved = np.abs(np.asarray(run(gaps) - plain)).max(axis=(0, 2))
+    assert moved[:4].max() < ROUNDING < moved[4:].min()
+    (period,) = model.stack.groups
+    by_hand, shared = model.embedding[...][tokens], {ELAPSED: gaps}
+    for repeat in range(2):
+        definition, arrays = params.split(period)
+        steps = params.merge(definition, jax.tree.map(lambda a, repeat=repeat: a[repeat], arrays)).steps
+        mixer, mlp = steps[0], steps[1]
+        context = Context.whole(*tokens.shape).replace(shared=shared)
+        by_hand = by_hand + mixer.layer(mixer.norm(by_hand), None, context)[0]
+        by_hand = by_hand + mlp.layer(mlp.norm(by_hand), None, context)[0]
+    chex.assert_trees_all_close(model.norm(by_hand), run(gaps), rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_norms_of_the_config_stand_before_every_layer_after_the_embedding_and_before_the_head() -> None:

@@ -41,6 +41,8 @@ def test_mamba1_starts_as_published() -> None:
     assert 0.9e-3 < steps.min() < 5e-3
     assert 2e-2 < steps.max() < 0.11
     assert mixer.step.kernel[...].shape == (2, 64)  # rank ceil(32 / 16)
+    for linear, size in ((mixer.input, 32), (mixer.select, 64), (mixer.step, 2)):  # uniform in +-1 / sqrt(fan-in)
+        assert 0.9 * size**-0.5 < np.max(np.abs(linear.kernel[...])) <= size**-0.5
 
 
 MAMBA3 = {
