@@ -7,7 +7,7 @@ DEMO := runs/demo
 SHORT := runs/demo-short
 # How many tests run at a time; each process takes a core and up to 3 GB.
 JOBS := 2
-PARALLEL := -n $(JOBS) --dist loadgroup
+PARALLEL := -n $(JOBS) --dist loadgroup --durations=20
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-short test test-all test-parity evidence lint format clean

@@ -17,6 +17,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(autouse=True)
 def compiled_in_a_hurry(request: pytest.FixtureRequest) -> None:
-    """Compilation is most of the time here; the logits, which go into the record, are of programs as users run them."""
+    """Compilation is most of the time here; `test_logits` runs programs as users do."""
     if "logits" not in request.node.name:
         request.getfixturevalue("quick_compilation")
