@@ -62,13 +62,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-TESTS_BETWEEN, MANY_MAPPINGS = 10, 20_000
+TESTS_BETWEEN, MANY_MAPPINGS = 10, 8_000
 _tests = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Every compiled program is some ten memory mappings, and Linux gives a process 65,530: beyond, it crashes."""
+    """A compiled program is some ten memory mappings, of which Linux gives a process 65,530, and about a megabyte."""
     yield
     mappings = Path("/proc/self/maps")
     if next(_tests) % TESTS_BETWEEN == 0 and mappings.exists():
