@@ -63,7 +63,7 @@ def replace(folder: Path, changes: dict[str, np.ndarray | None]) -> Path:
     return folder
 
 
-def same_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+def assert_same_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
@@ -88,7 +88,7 @@ def test_every_architecture_is_written_and_read(name: str, tmp_path: Path) -> No
     loaded, _ = load_pretrained(tmp_path / "one")
     chex.assert_trees_all_equal(params.split(loaded)[1], params.split(model)[1])
     save_pretrained(loaded, tmp_path / "two")
-    same_bytes(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two"))
+    assert_same_bytes(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two"))
     assert (tmp_path / "one" / CONFIG).read_text() == (tmp_path / "two" / CONFIG).read_text()
 
 
@@ -117,7 +117,7 @@ def test_a_loaded_folder_is_saved_as_it_was(folder: Path, tmp_path: Path) -> Non
     loaded, _ = load_pretrained(folder)
     assert all(array.dtype == jnp.float32 for array in jax.tree.leaves(params.split(loaded)[1]))
     save_pretrained(loaded, tmp_path / "again")
-    same_bytes(tensors_of(folder), tensors_of(tmp_path / "again"))
+    assert_same_bytes(tensors_of(folder), tensors_of(tmp_path / "again"))
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["transformers_version"] == "5.0"
     save_pretrained(loaded, tmp_path / "wide", dtype="float32")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "wide").values()} == {np.dtype("float32")}
@@ -126,7 +126,7 @@ def test_a_loaded_folder_is_saved_as_it_was(folder: Path, tmp_path: Path) -> Non
 def test_tensors_in_several_files(model: Any, folder: Path, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "parts", shard_bytes=10_000)
     assert len(list((tmp_path / "parts").glob("model-*-of-*.safetensors"))) > 2
-    same_bytes(tensors_of(folder), tensors_of(tmp_path / "parts"))
+    assert_same_bytes(tensors_of(folder), tensors_of(tmp_path / "parts"))
     loaded, _ = load_pretrained(tmp_path / "parts")
     chex.assert_trees_all_equal(params.split(loaded)[1], params.split(model)[1])
 
@@ -150,7 +150,7 @@ def test_tied_heads(folder: Path, tmp_path: Path, stored: bool) -> None:
     if stored:
         replace(folder, {"lm_head.weight": embedding})
     save_pretrained(load_pretrained(folder)[0], tmp_path / "again")
-    same_bytes(tensors_of(folder), tensors_of(tmp_path / "again"))
+    assert_same_bytes(tensors_of(folder), tensors_of(tmp_path / "again"))
     replace(folder, {"lm_head.weight": embedding + 1})
     with pytest.raises(ValueError, match=r"lm_head\.weight differs .*tie_word_embeddings"):
         load_pretrained(folder)
@@ -161,7 +161,7 @@ def test_another_name_of_a_tensor(folder: Path, tmp_path: Path) -> None:
     embedding = tensors_of(folder)["backbone.embeddings.weight"]
     replace(folder, {"backbone.embeddings.weight": None, "backbone.embedding.weight": embedding})
     save_pretrained(load_pretrained(folder)[0], tmp_path / "again")
-    same_bytes(tensors_of(folder), tensors_of(tmp_path / "again"))
+    assert_same_bytes(tensors_of(folder), tensors_of(tmp_path / "again"))
 
 
 NAME = "backbone.layers.1.mixer.in_proj.weight"
@@ -260,7 +260,7 @@ def test_what_cannot_be_saved(model: Any, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_beside_the_model(folder: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = pytest.importorskip("tokenizers")  # part of the dev install
     words = {"a": 0, "b": 1, "?": 2}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -68,7 +68,7 @@ def warm(name: str) -> Carry:
     return loop.forward(loop.params, tokens(7, BATCH, ODD), loop.fresh, Segments(start, np.ones_like(start)))[1]
 
 
-def against_the_loop(name: str, length: int) -> None:
+def assert_equals_the_loop(name: str, length: int) -> None:
     """Outputs and state of a random layout, from a state that has seen tokens, against one token at a time."""
     loop = subject(name, method="sequential")
     start = warm(name)
@@ -86,13 +86,13 @@ def against_the_loop(name: str, length: int) -> None:
 
 @pytest.mark.parametrize("name", OPEN)
 def test_every_method_and_chunk(name: str) -> None:
-    against_the_loop(name, ODD)
+    assert_equals_the_loop(name, ODD)
 
 
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("length", [128])
 def test_every_method_and_chunk_at_other_lengths(name: str, length: int) -> None:
-    against_the_loop(name, length)
+    assert_equals_the_loop(name, length)
 
 
 @pytest.mark.parametrize("name", SOME)
