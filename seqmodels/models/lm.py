@@ -34,6 +34,8 @@ class ModelConfig:
     layers in the backward pass. `embed_scale`: multiply embeddings by sqrt(width), or by the number given.
     `logits_cap` c: c tanh(logits / c).
     `norm`: the one before every layer and before the head; `embedding_norm`: one more right after the embedding (RWKV).
+    `learned_positions` n: a learned vector for each of the first n positions of a document is added to the embedding
+    (GPT-2); a later position has none, and NaN comes out. None adds nothing.
     `dropout`: rate on embeddings and on what each layer adds, while training: `forward` draws it from its key alone.
     """
 
@@ -49,11 +51,14 @@ class ModelConfig:
     dropout: float = 0.0
     norm: NormConfig = dataclasses.field(default_factory=NormConfig)
     embedding_norm: bool = False
+    learned_positions: int | None = None
 
     def __post_init__(self):
         for field in ("vocab_size", "width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.learned_positions is not None and self.learned_positions < 1:
+            raise ValueError(f"learned_positions must be at least 1, or None for none, not {self.learned_positions}")
         if self.logits_cap is not None and self.logits_cap <= 0:
             raise ValueError(f"logits_cap must be positive, or None for no cap, not {self.logits_cap}")
         check_dropout(self.dropout)
@@ -100,6 +105,10 @@ class LanguageModel(nnx.Module):
         init = jax.nn.initializers.normal(config.width**-0.5)
         shape = (config.vocab_size, config.width)
         self.embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=("vocab", "embed"))
+        self.position_embedding = None
+        if config.learned_positions is not None:
+            shape = (config.learned_positions, config.width)
+            self.position_embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=(None, "embed"))
         self.stack = Stack(
             config.width,
             config.layers,
@@ -163,6 +172,9 @@ class LanguageModel(nnx.Module):
         x = jnp.take(embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan).astype(self.config.dtype)
         if self.config.embed_scale:
             x = x * (self.config.width**0.5 if self.config.embed_scale is True else self.config.embed_scale)
+        if self.position_embedding is not None:
+            table = params.whole(self.position_embedding, self.parameter_axis)
+            x = x + jnp.take(table, positions, axis=0, mode="fill", fill_value=jnp.nan).astype(x.dtype)
         if self.embedding_norm is not None:
             x = params.gathered(self.embedding_norm, self.parameter_axis)(x)
         x = dropout(x, self.config.dropout, context)

@@ -44,7 +44,7 @@ def random_tokens(seed: int = 0, batch: int = 2, length: int = LENGTH) -> np.nda
 @pytest.fixture(scope="module")
 def hybrid() -> Any:
     """The hybrid model as one compiled function of (tokens, state, segments), and the module."""
-    model = make()
+    model = make(learned_positions=LENGTH)
     definition, arrays = params.split(model)
     run = jax.jit(lambda *inputs: params.merge(definition, arrays)(*inputs))
     return run, model
@@ -88,7 +88,7 @@ def test_packed_and_padded_documents_equal_separate_ones(hybrid: Any) -> None:
 
 
 def test_time_sharded_over_devices_equals_one_device() -> None:
-    model = make((((R, S), 1),))
+    model = make((((R, S), 1),), learned_positions=48)
     tokens = random_tokens(2, length=24)
     mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
     definition, arrays = params.split(model)
@@ -128,7 +128,7 @@ def test_logits_from_embedding_or_head() -> None:
 def test_bfloat16_activations_over_float32_parameters(hybrid: Any) -> None:
     run, _ = hybrid
     tokens = random_tokens()
-    model = make(dtype="bfloat16")
+    model = make(dtype="bfloat16", learned_positions=LENGTH)
     for dtype in (leaf.dtype for leaf in jax.tree.leaves(params.split(model)[1])):
         assert dtype == jnp.float32
     hidden, state, _ = model.forward(tokens)
@@ -149,6 +149,23 @@ def test_a_cache_has_the_type_that_was_asked_for() -> None:
         state = model.init_state(2, LENGTH, dtype)
         _, after = model(random_tokens(length=3), state)
         assert after.layers[0][0].key.dtype.name == state.layers[0][0].key.dtype.name == expected
+
+
+def test_learned_positions_count_from_each_document_and_end_loudly() -> None:
+    model = make((((MLP,), 1),), learned_positions=4)
+    tokens = random_tokens(length=7)
+    start = np.zeros((2, 7), bool)
+    start[:, [0, 2]] = True
+    logits = model(tokens, None, Segments(start, np.ones((2, 7), bool)))[0]
+    # a model without them, whose embedding is that of the token and its place
+    plain = make((((MLP,), 1),))
+    places = np.array([0, 1, 0, 1, 2, 3, 4])
+    for t in (0, 1, 2, 5):
+        moved = model.embedding[...] + model.position_embedding[...][places[t]]
+        definition, arrays = params.split(plain)
+        expected = plain.logits(params.merge(definition, arrays | {"embedding": moved}).forward(tokens[:, [t]])[0])
+        chex.assert_trees_all_close(logits[:, t], expected[:, 0], rtol=ROUNDING, atol=ROUNDING)
+    assert np.isnan(logits[:, 6]).all()
 
 
 def test_a_token_outside_the_vocabulary_is_loud() -> None:
@@ -172,6 +189,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(hybrid: Any) -> None:
         ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
         ({"dtype": "float16"}, "'float16' is not one of"),
         ({"layers": ()}, "holds no group"),
+        ({"learned_positions": 0}, "learned_positions must be at least 1, or None"),
     ],
 )
 def test_errors_of_the_config(change: dict[str, Any], message: str) -> None:

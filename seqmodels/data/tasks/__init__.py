@@ -7,7 +7,7 @@
 `TASKS` holds the published training settings by name; any other setting is `dataclasses.replace(task, ...)`.
 """
 
-from seqmodels.data.tasks.base import Row, Source, Task, make_task_loader
+from seqmodels.data.tasks.base import Row, Source, Task, make_stages_loader, make_task_loader
 from seqmodels.data.tasks.copying import Copying, SelectiveCopying
 from seqmodels.data.tasks.formal import ModularArithmetic, ModularArithmeticBrackets, Parity
 from seqmodels.data.tasks.groups import Group, WordProblem, group
@@ -69,6 +69,7 @@ __all__ = [
     "WordProblem",
     "evaluate",
     "group",
+    "make_stages_loader",
     "make_task_loader",
     "prefix_accuracy",
     "scaled_accuracy",

@@ -154,6 +154,62 @@ def make_task_loader(
     return iter(Resumable(batches, {"task": describe(task), **arguments}))
 
 
+class Stages:
+    """A curriculum's batches: so many of each stage in turn, the last without end; resumable as the loaders are."""
+
+    def __init__(self, stages: Sequence[tuple[int | None, Task]], length: int, make: Any):
+        self._stages, self._length, self._make = stages, length, make
+        self._enter(0)
+
+    def _enter(self, stage: int) -> None:
+        self._stage, self._taken = stage, 0
+        self._batches = self._make(self._stages[stage][1], stage)
+
+    def __iter__(self) -> Stages:
+        return self
+
+    def __next__(self) -> Batch:
+        while self._taken == self._stages[self._stage][0]:
+            self._enter(self._stage + 1)
+        self._taken += 1
+        batch = next(self._batches)
+        missing = self._length - batch["tokens"].shape[1]
+        return {name: np.pad(array, ((0, 0), (0, missing))) for name, array in batch.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"stage": self._stage, "taken": self._taken, "batches": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if not 0 <= state["stage"] < len(self._stages):
+            raise ValueError(f"stage {state['stage']} of {len(self._stages)}: the state of another curriculum")
+        self._enter(state["stage"])
+        self._batches.set_state(state["batches"])
+        self._taken = state["taken"]
+
+
+def make_stages_loader(
+    stages: Sequence[tuple[int | None, Task]], *, batch_size: int, seed: int, size: int | None = None
+) -> Stages:
+    """Batches of a curriculum: `(number of batches, task)` one stage after the other, the last without end (None).
+
+    Rows are padded to the longest task's length, so that one program serves all; all tasks share a vocabulary. Each
+    stage draws rows of its own. `size` as in `make_task_loader`, of every stage.
+    """
+    if not stages or stages[-1][0] is not None or any(count is None or count < 1 for count, _ in stages[:-1]):
+        counts = [count for count, _ in stages]
+        raise ValueError(f"the stages have {counts} batches: each but the last has at least one, and the last None")
+    vocabularies = {task.vocab_size for _, task in stages}
+    if len(vocabularies) > 1:
+        raise ValueError(f"the stages have vocabularies of {sorted(vocabularies)} tokens: a model has one")
+    make = lambda task, stage: make_task_loader(task, batch_size=batch_size, seed=_stage_seed(seed, stage), size=size)
+    return Stages(stages, max(task.length for _, task in stages), make)
+
+
+def _stage_seed(seed: int, stage: int) -> int:
+    """The first stage has the run's own; the others do not repeat its rows."""
+    return seed if stage == 0 else int(np.random.SeedSequence((seed, stage)).generate_state(1)[0])
+
+
 def describe(task: Task) -> dict[str, Any]:
     """A task's name and settings, JSON-able."""
     return {"name": type(task).__name__, **dataclasses.asdict(cast(Any, task))}
