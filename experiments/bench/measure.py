@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
+WARM = 5.0  # seconds
+
+
 class Quartiles(NamedTuple):
     """Seconds."""
 
@@ -60,13 +63,13 @@ def side_by_side(
     Each gets `least` to `most` turns, as many as fit into about `budget` seconds for each.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        seconds_of(run)
-    slowest = max(seconds_of(run) for run in runs.values())
+    # the first call warms up; one that takes seconds need not be repeated to know how long it takes
+    first = {name: seconds_of(run) for name, run in runs.items()}
+    slowest = max(taken if taken > WARM else seconds_of(runs[name]) for name, taken in first.items())
     names = list(runs)
     for turn in range(int(np.clip(budget / max(slowest, 1e-9), least, most))):
-        first = turn % len(names)  # what ran before leaves its data in the caches
-        for name in names[first:] + names[:first]:
+        begin = turn % len(names)  # what ran before leaves its data in the caches
+        for name in names[begin:] + names[:begin]:
             times[name].append(seconds_of(runs[name]))
     return {name: Quartiles.of(taken) for name, taken in times.items()}
 

@@ -1,0 +1,135 @@
+"""Parity and modular arithmetic, tested at more than six times the training length: which recurrences track a state?
+
+"Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (2411.12537), Table 3, whose languages are those
+of xLSTM (2405.04517). Trained on 3 to 40 symbols, tested on 40 to 256; scaled accuracy is 0 at chance and 1 where all
+is right. Claims: sLSTM, and DeltaNet with eigenvalues in [-1, 1], solve parity, others do not; and the ordering of
+models in modular arithmetic.
+
+Cost: smoke, seconds. cpu: parity alone, six models of width 64, two seeds, 2,000 steps of 64 rows with a curriculum
+over lengths (published: 20,000 of 256 without one), about 15 minutes on 2 cores. gpu: all three languages, ten models,
+4,000 steps of 256 rows with the curriculum; aimed at 30 minutes on one H100. paper: the published settings, 3 seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from experiments import zoo
+from experiments.harness import Cell, Claim, Measure, Published, Results, Scale, Table, main, plots
+from experiments.harness.tasks import TaskRun
+from seqmodels.data.tasks import TASKS
+from seqmodels.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARITY, ARITHMETIC, BRACKETS = "parity", "modular arithmetic", "modular arithmetic with brackets"
+TASK = {PARITY: "parity", ARITHMETIC: "modular_arithmetic", BRACKETS: "modular_arithmetic_brackets"}
+CPU_MODELS = ("Transformer", "sLSTM", "mLSTM", "Mamba-2", "DeltaNet [0, 1]", "DeltaNet [-1, 1]")
+MODELS = (*CPU_MODELS, "LSTM", "Gated DeltaNet [0, 1]", "Gated DeltaNet [-1, 1]", "Griffin")
+SIGNED = "DeltaNet [-1, 1]"
+SOLVED, FAILED = 0.95, 0.5  # scaled accuracy
+CURRICULUM = (5, 10, 20)  # symbols at most, before the 40 of the task
+
+PUBLISHED_TRAINING = TrainConfig(
+    steps=20_000, batch_size=256, learning_rate=1e-3, warmup=2_000, final_fraction=1e-3, weight_decay=0.0
+)
+
+
+def parent(setting: str) -> TaskRun:
+    """The published setting of a language, with two layers of the Transformer."""
+    training, width = PUBLISHED_TRAINING, 128
+    if setting != PARITY:
+        training = dataclasses.replace(training, steps=100_000, learning_rate=1e-2, warmup=10_000, weight_decay=0.1)
+        width = 512
+    task = TASKS[TASK[setting]]
+    model = zoo.model("Transformer", width, 2, dtype="bfloat16")
+    return TaskRun(model, training, task, task.evaluation(), test_size=8192)
+
+
+def cells(scale: Scale) -> list[Cell]:
+    settings = (PARITY,) if scale in (Scale.SMOKE, Scale.CPU) else (PARITY, ARITHMETIC, BRACKETS)
+    names = {Scale.SMOKE: ("Transformer", SIGNED), Scale.CPU: CPU_MODELS}.get(scale, MODELS)
+    return [_cell(scale, setting, name) for setting in settings for name in names]
+
+
+def _cell(scale: Scale, setting: str, name: str) -> Cell:
+    base = parent(setting)
+    width, dtype = {Scale.SMOKE: (16, "float32"), Scale.CPU: (64, "float32"), Scale.GPU: (128, "bfloat16")}.get(
+        scale, (base.model.width, base.model.dtype)
+    )
+    run = dataclasses.replace(base, model=zoo.model(name, width, 2, dtype=dtype))
+    if scale != Scale.PAPER:
+        steps, rows, tested = {Scale.SMOKE: (20, 8, 16), Scale.CPU: (2_000, 64, 1024)}.get(scale, (4_000, 256, 2048))
+        run = run.shorter(steps=steps, rows=rows, test_size=tested, lengths=CURRICULUM)
+    return Cell(name, setting, run, parent=base, cost=4.0 if name in ("LSTM", "sLSTM") else 1.0)
+
+
+def _published() -> tuple[Published, ...]:
+    grazzi = {
+        "Transformer": (0.022, 0.031, 0.067),
+        "mLSTM": (0.087, 0.040, 0.114),
+        "sLSTM": (1.000, 0.787, 0.178),
+        "DeltaNet [0, 1]": (0.017, 0.314, 0.194),
+        SIGNED: (1.000, 0.971, 0.260),
+    }
+    mamba3 = {"Mamba-2": (0.009, 0.478, 0.009), "Gated DeltaNet [-1, 1]": (1.000, 0.993, 0.935)}
+    sources = (
+        (grazzi, "2411.12537, Table 3, best of 3 seeds", "read in the paper; brackets differ between its versions"),
+        (mamba3, "2603.15569 (Mamba-3), state tracking, best of 8 learning rates", "read in the paper"),
+    )
+    return tuple(
+        Published(name, setting, value, where, verified)
+        for numbers, where, verified in sources
+        for name, values in numbers.items()
+        for setting, value in zip((PARITY, ARITHMETIC, BRACKETS), values, strict=True)
+    )
+
+
+def solve_parity(results: Results) -> bool:
+    return min([results.value(name, PARITY, over="best") for name in ("sLSTM", SIGNED)]) >= SOLVED
+
+
+def fail_parity(results: Results) -> bool:
+    names = [name for name in CPU_MODELS if name not in ("sLSTM", SIGNED)]
+    return max([results.value(name, PARITY, over="best") for name in names]) <= FAILED
+
+
+def ordered(*names: str, setting: str) -> Claim:
+    """The claim that `names` stand in this order, the best first."""
+
+    def test(results: Results) -> bool:
+        values = [results.value(name, setting, over="best") for name in names]
+        return values == sorted(values, reverse=True)
+
+    return Claim(f"{setting}: {' above '.join(names)}", "2411.12537, Table 3", test)
+
+
+def plot(results: Results, figure: Figure) -> None:
+    plots.by_setting(results, figure, "position", y="accuracy", x_title="position of the answer", trained=40)
+
+
+TABLE = Table(
+    name="formal_languages",
+    title="State tracking and formal languages",
+    paper="2411.12537, Table 3, and 2405.04517 (xLSTM)",
+    cells=cells,
+    measures=(
+        Measure("scaled_accuracy", "scaled accuracy"),
+        Measure("final_loss", "training loss at the end", "{:.3f}", "lower"),
+        Measure("parameters", "parameters", "{:,.0f}", "lower"),
+    ),
+    seeds={Scale.SMOKE: 1, Scale.CPU: 2, Scale.GPU: 1, Scale.PAPER: 3},
+    published=_published(),
+    claims=(
+        Claim("sLSTM and DeltaNet with eigenvalues in [-1, 1] solve parity", "2411.12537, Table 3", solve_parity),
+        Claim("Transformer, mLSTM, Mamba-2 and DeltaNet in [0, 1] do not", "2411.12537, Table 3", fail_parity),
+        ordered(SIGNED, "sLSTM", "DeltaNet [0, 1]", "mLSTM", "Transformer", setting=ARITHMETIC),
+        ordered(SIGNED, "DeltaNet [0, 1]", "sLSTM", "mLSTM", "Transformer", setting=BRACKETS),
+    ),
+    plot=plot,
+)
+
+if __name__ == "__main__":
+    main(TABLE)

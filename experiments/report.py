@@ -1,0 +1,105 @@
+"""Writes all reports again from their rows, and with them the tables' part of docs/reproducing.md.
+
+    python -m experiments.report
+
+Every module of `experiments` with a `TABLE` is one entry: what it claims, the verdicts, and the plot of the largest
+scale that was run. What stands outside the two markers of the page is left as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import experiments
+from experiments.command import guarded
+from experiments.harness.command import RESULTS
+from experiments.harness.report import provenance, verdicts, write_report
+from experiments.harness.results import Results
+from experiments.harness.rows import Rows
+from experiments.harness.table import Scale, Table
+
+PAGE = Path("docs/reproducing.md")
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+SCALES = (Scale.PAPER, Scale.GPU, Scale.CPU)  # the largest first; smoke is no result
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    page: Path = PAGE
+    """The page whose part between the markers is written."""
+    results: Path = RESULTS
+    """Where the tables' rows are."""
+
+
+def tables() -> Iterator[tuple[Table, str]]:
+    """Every table, with its module's docstring."""
+    for found in pkgutil.iter_modules(experiments.__path__):
+        module = importlib.import_module(f"experiments.{found.name}")
+        if isinstance(getattr(module, "TABLE", None), Table):
+            yield module.TABLE, inspect.getdoc(module) or ""
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = tyro.cli(Options, prog="python -m experiments.report", description=__doc__, args=arguments)
+    entries = [line for table, about in tables() for line in entry(table, about, options)]
+    text = options.page.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"{options.page} lacks the lines {BEGIN} and {END}, between which the tables stand: put them in"
+        )
+    options.page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(entries) + f"\n{END}{after}")
+    print(f"written: {options.page}")
+
+
+def entry(table: Table, about: str, options: Options) -> Iterator[str]:
+    """A table's part of the page; its reports are written on the way."""
+    folder = options.results / table.name
+    ready: dict[Scale, Any] = {}
+    for scale in SCALES:
+        rows = Rows(folder, scale)
+        if rows.found(table.at(scale)):
+            for path in write_report(table, rows, folder, about):
+                print(f"written: {path}")
+            ready[scale] = Results(table, scale, rows.found(table.at(scale)))
+    yield from (f"### {table.title}", "")
+    yield from (f"`python -m experiments.{table.name} --scale SCALE` ({table.paper})", "", about, "")
+    for scale in reversed(SCALES):
+        if scale not in ready:
+            yield f"- **{scale}**: not run"
+            continue
+        done = sum(bool(e.rows) for e in ready[scale].entries)
+        failed = sum(len(e.failures) for e in ready[scale].entries)
+        told = f", {failed} runs failed" if failed else ""
+        link = f"../experiments/results/{table.name}/{scale}.md"
+        yield f"- **{scale}**: {done} of {len(ready[scale].entries)} entries run{told}: [numbers]({link})"
+    yield ""
+    for scale in SCALES:
+        if scale in ready:
+            yield from shown(table, ready[scale])
+            return
+
+
+def shown(table: Table, results: Results) -> Iterator[str]:
+    """The verdicts and the plot of one scale."""
+    yield from (provenance(results, f"../experiments/results/{table.name}/"), "")
+    if table.claims:
+        yield from (f"| claim | where | verdict at {results.scale} |", "| --- | --- | --- |")
+        for text, where, verdict, evidence in verdicts(results):
+            yield f"| {text} | {where} | **{verdict}**: {evidence} |"
+        yield ""
+    if table.plot is not None:
+        yield from (f"![{table.title}](../experiments/results/{table.name}/{results.scale}.png)", "")
+
+
+if __name__ == "__main__":
+    guarded(main)
