@@ -105,10 +105,9 @@ class LanguageModel(nnx.Module):
         init = jax.nn.initializers.normal(config.width**-0.5)
         shape = (config.vocab_size, config.width)
         self.embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=("vocab", "embed"))
-        self.position_embedding = None
-        if config.learned_positions is not None:
-            shape = (config.learned_positions, config.width)
-            self.position_embedding = param(rngs, shape, init, group=Group.EMBEDDING, axes=(None, "embed"))
+        vectors = functools.partial(param, rngs, init=init, group=Group.EMBEDDING, axes=(None, "embed"))
+        places = config.learned_positions
+        self.position_embedding = None if places is None else vectors((places, config.width))
         self.stack = Stack(
             config.width,
             config.layers,

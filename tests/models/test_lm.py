@@ -161,7 +161,7 @@ def test_learned_positions_count_from_each_document_and_end_loudly() -> None:
     plain = make((((MLP,), 1),))
     places = np.array([0, 1, 0, 1, 2, 3, 4])
     for t in (0, 1, 2, 5):
-        moved = model.embedding[...] + model.position_embedding[...][places[t]]
+        moved = model.embedding[...] + model.position_embedding[...][None, places[t]]
         definition, arrays = params.split(plain)
         expected = plain.logits(params.merge(definition, arrays | {"embedding": moved}).forward(tokens[:, [t]])[0])
         chex.assert_trees_all_close(logits[:, t], expected[:, 0], rtol=ROUNDING, atol=ROUNDING)
