@@ -13,8 +13,8 @@ import jax
 
 from seqmodels import params
 from seqmodels.train.checkpoint import Checkpoints
-from seqmodels.train.checks import Expected, all_finite, check_batch, why_not_finite
-from seqmodels.train.config import TrainConfig
+from seqmodels.train.checks import Continued, Expected, all_finite, check_batch, why_not_finite
+from seqmodels.train.config import InitialKind, TrainConfig
 from seqmodels.train.files import reported
 from seqmodels.train.interrupt import Interrupted, SignalFlag
 from seqmodels.train.metrics import MetricsLog, Row, write_curve
@@ -27,6 +27,7 @@ from seqmodels.train.step import (
     Loss,
     Step,
     TrainState,
+    begin,
     init_state,
     language_model_loss,
     make_step,
@@ -60,6 +61,7 @@ def train(
     record: Mapping[str, Any] | None = None,
     loss: Loss = language_model_loss,
     evaluate: Callable[[dict[str, Any]], Mapping[str, float]] | None = None,
+    moments: Mapping[str, Any] | None = None,
     quiet: bool = False,
     tensorboard: bool = False,
 ) -> Result:
@@ -68,6 +70,7 @@ def train(
     With a `workdir` the run is kept there and goes on from its last checkpoint: `batches` then needs `get_state` and
     `set_state` as grain's iterators have. `record["settings"]` (JSON-able) is what a resumed run must share; the
     training config is always part of it. `evaluate(arrays)` is called every `config.evaluate_every` steps.
+    `config.initial` says what rows start from; `moments` (`fit_moments`) are those that fitted noise begins with.
     TensorBoard's files are written under `workdir` where a package for them is installed; with `tensorboard` one has
     to be.
 
@@ -81,6 +84,7 @@ def train(
     quiet = quiet or not first_process()
     definition, arrays = params.split(model)
     optimizer = make_optimizer(config, params.labels(model))
+    starts, initial = begin(model, config, loss, moments)
     placement = place(model, config)
     step = make_step(
         definition,
@@ -89,15 +93,18 @@ def train(
         learning_rate=schedule(config),
         accumulate=config.accumulate,
         placement=placement,
+        starts=starts,
     )
-    state = init_state(arrays, optimizer, config.seed, placement)
+    state = init_state(arrays, optimizer, config.seed, placement, initial)
     if placement is not None:
         step = on_mesh(step, placement)
     described = getattr(model, "config", None)
     vocabulary = getattr(described, "vocab_size", None)
     expected = Expected(config.batch_size, config.length, vocabulary, getattr(described, "alignment", 1))
     # what a batch holds is known of this library's own loss alone
-    check = functools.partial(check_batch, expected=expected) if loss is language_model_loss else None
+    continued = Continued() if config.initial.kind == InitialKind.TRUNCATED_BPTT else None
+    check_text = functools.partial(check_batch, expected=expected, continued=continued)
+    check = check_text if loss is language_model_loss else None
     explain = functools.partial(why_not_finite, vocabulary=vocabulary)
     if not hasattr(batches, "__next__"):
         batches = iter(batches)
