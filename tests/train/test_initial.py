@@ -67,7 +67,7 @@ def close(actual: Any, expected: Any) -> None:
 
 def test_zeros_are_the_step_without_a_state_to_the_bit() -> None:
     config = tiny_config(initial=InitialState())
-    model = hybrid()
+    model = tiny_model(RECURRENT)
     assert make_starts(model, config.initial) is None
     definition, arrays = params.split(model)
     optimizer = make_optimizer(config, params.labels(model))
@@ -248,7 +248,10 @@ def test_some_rows_may_start_from_zeros() -> None:
     close(run(config, [batch]).metrics[0]["loss"], loss)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SHORT = (InitialKind.FITTED_NOISE, InitialKind.STATE_PASSING)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in SHORT else pytest.mark.slow) for k in KINDS])
 def test_parts_of_a_batch_start_from_what_the_whole_does(kind: InitialKind) -> None:
     batches = take(streams(), 3)
     config = InitialState(kind, refresh=2)
@@ -271,7 +274,7 @@ PSM = PrefixScan(aggregator=(((FULL,), 1),), inference=(((FULL,), 1),), chunk=4)
         ((RECURRENT, FULL), "truncated_bptt", r"full attention's state grows .*AttentionConfig\.window"),
         ((RECURRENT, PSM), "truncated_bptt", "a PSM runs token by token"),
     ],
-    ids=str,
+    ids=["attention", "window", "psm", "full_attention", "hybrid_psm"],
 )
 def test_a_model_that_cannot_start_so(mixers: Any, kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
