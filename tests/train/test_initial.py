@@ -168,6 +168,8 @@ def test_noise_is_gaussian_in_the_memory_alone() -> None:
         np.testing.assert_allclose(x.mean(axis=0), 0, atol=0.06)  # 5 deviations
         correlations = np.corrcoef(x, rowvar=False) - np.eye(x.shape[1])
         assert np.abs(correlations).max() < 0.12  # 5 deviations
+    first = [rows[name].ravel()[:1000] for name in ("layers.0.0.hidden", "layers.0.2.ssm")]
+    assert (first[0] != first[1]).mean() > 0.99  # layers share no draw, nor do steps
     assert not np.array_equal(rows["layers.0.0.hidden"], noise_of(NOISE, 1, batch=2000)["layers.0.0.hidden"])
 
 
