@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from seqmodels import params
 from seqmodels.mixers import PrefixScan
 from seqmodels.train import InitialKind, InitialState, fit_moments, language_model_loss, make_optimizer, train
+from seqmodels.train.checks import Continued
 from seqmodels.train.initial import make_starts, other_rows
 from seqmodels.train.step import init_state, make_step
 from seqmodels.typing import Segments
@@ -308,13 +310,21 @@ def test_settings_that_say_nothing(settings: dict[str, Any], message: str) -> No
 def test_batches_that_do_not_go_on_are_named() -> None:
     config = tiny_config(initial=STREAMED, steps=10)
     with pytest.raises(ValueError, match=r"none of the first 8 batches goes on .*make_stream_loader"):
-        train(hybrid(), loader(), config, quiet=True)
+        train(tiny_model(RECURRENT), loader(), config, quiet=True)
 
-    def shuffled() -> Any:
-        for batch in streams():
-            yield {name: x[::-1] for name, x in batch.items()} if batch["start"][:, 0].sum() == 1 else batch
-
-    with pytest.raises(
-        ValueError, match=r"begins with \d+ inside a document, where the one before ended with the target"
+    batches, check = take(streams(), 40), Continued()
+    for batch in batches:
+        check(batch)
+    goes_on = next(number for number, batch in enumerate(batches) if number and not batch["start"][1, 0])
+    for change, error in (
+        ({"tokens": batches[goes_on]["tokens"] + 1}, r"begins with \d+ inside a document, .* the target \d+: row r"),
+        ({}, None),
     ):
-        train(hybrid(), shuffled(), config, quiet=True)
+        check = Continued()
+        for batch in batches[:goes_on]:
+            check(batch)
+        with contextlib.nullcontext() if error is None else pytest.raises(ValueError, match=error):
+            check({**batches[goes_on], **change})
+    check = Continued()  # targets that are not the next tokens, as labels are, say nothing of the batch to come
+    for batch in batches:
+        check({**batch, "targets": batch["tokens"] % 2})
