@@ -34,7 +34,7 @@ class Starts:
     """How the rows of a run start, for a kind other than zeros.
 
     What it carries from step to step stands in the train state as `initial`: `{"rows": ...}` for state passing and
-    truncated BPTT, `{"moments": ..., "fitted": ...}` for fitted noise, nothing for noise.
+    truncated BPTT, `{"moments": ...}` for fitted noise, nothing for noise.
     """
 
     def __init__(self, model: Any, config: InitialState) -> None:
@@ -51,7 +51,7 @@ class Starts:
 
     @property
     def fits(self) -> bool:
-        """Whether `fit` has to be called."""
+        """Whether what it draws has to be fitted (`due`)."""
         return self.kind == InitialKind.FITTED_NOISE
 
     @property
@@ -71,15 +71,13 @@ class Starts:
             return {"rows": {name: rows[name] for name in self.passed}}
         empty = jax.eval_shape(self.moments, *self._shapes(1))
         if moments is None:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
-            return {"moments": zeros, "fitted": jnp.zeros((), bool)}
+            return {"moments": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)}
         shapes = [{name: np.shape(x) for name, x in _flat(tree).items()} for tree in (moments, empty)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"these moments have arrays {shapes[0]}, and this model needs {shapes[1]}: fit_moments(model, batches)"
             )
-        given = jax.tree.map(lambda x, like: jnp.array(x, like.dtype, copy=True), dict(moments), empty)
-        return {"moments": given, "fitted": jnp.ones((), bool)}
+        return {"moments": jax.tree.map(lambda x, like: jnp.array(x, like.dtype, copy=True), dict(moments), empty)}
 
     def draw(self, carried: Mapping[str, Any], key: Array, batch: Mapping[str, Any]) -> tuple[Rows, dict[str, Any]]:
         """The state that each row of a batch starts from, and the batch, marked to go on with it."""
@@ -146,10 +144,11 @@ class Starts:
             found[name] = {"mean": mean, "std": jnp.sqrt(jnp.mean(jnp.sum(off, axis=0) / count, axis=entries))}
         return found
 
-    def due(self, carried: Mapping[str, Any], step: Array) -> Bool[Array, ""]:
-        """Whether moments are to be fitted before this step."""
-        every = self.config.refresh
-        return ~carried["fitted"] if every == 0 else ~carried["fitted"] | ((step > 0) & (step % every == 0))
+    def due(self, step: int, *, given: bool) -> bool:
+        """Whether moments are to be fitted before step number `step`, from 0; `given`: the run began with some."""
+        if not self.fits or (given and step == 0):
+            return False
+        return step % self.config.refresh == 0 if self.config.refresh else step == 0
 
     def _shapes(self, batch_size: int) -> tuple[dict[str, Any], Any]:
         leaves = {name: self.leaves[name] for name in self.passed}

@@ -24,12 +24,14 @@ from seqmodels.train.progress import TrainProgress
 from seqmodels.train.run import RunFolder, as_json
 from seqmodels.train.step import (
     Batch,
+    Fit,
     Loss,
     Step,
     TrainState,
     begin,
     init_state,
     language_model_loss,
+    make_fit,
     make_step,
     on_mesh,
     place,
@@ -96,6 +98,7 @@ def train(
         starts=starts,
     )
     state = init_state(arrays, optimizer, config.seed, placement, initial)
+    fit = make_fit(definition, starts, config.accumulate, placement, given=moments is not None)
     if placement is not None:
         step = on_mesh(step, placement)
     described = getattr(model, "config", None)
@@ -109,7 +112,15 @@ def train(
     if not hasattr(batches, "__next__"):
         batches = iter(batches)
     make_run = functools.partial(
-        _Run, step, batches=batches, config=config, evaluate=evaluate, check=check, explain=explain, quiet=quiet
+        _Run,
+        step,
+        fit=fit,
+        batches=batches,
+        config=config,
+        evaluate=evaluate,
+        check=check,
+        explain=explain,
+        quiet=quiet,
     )
     if workdir is None:
         return make_run(state=state, log=MetricsLog(None)).result(definition)
@@ -175,6 +186,7 @@ class _Run:
         self,
         step: Step,
         *,
+        fit: Fit,
         state: TrainState,
         batches: Iterator[Batch],
         config: TrainConfig,
@@ -188,7 +200,7 @@ class _Run:
         signals: SignalFlag | None = None,
         events: EventFiles | None = None,
     ) -> None:
-        self.step, self.state, self.batches, self.config = step, state, batches, config
+        self.step, self.fit, self.state, self.batches, self.config = step, fit, state, batches, config
         self.evaluate, self.check, self.explain = evaluate, check, explain
         self.log, self.events, self.start = log, events, start
         self.checkpoints, self.signals = checkpoints, signals
@@ -235,7 +247,7 @@ class _Run:
         if self.check is not None:
             self.check(batch, first=number == self.start + 1)
         try:
-            self.state, metrics = self.step(self.state, batch)
+            self.state, metrics = self.step(self.fit(number - 1, self.state, batch), batch)
         except KeyError as error:
             held = ", ".join(batch) or "nothing"
             raise ValueError(f"the loss looks up {error}, which is not there: the batch holds {held}") from error

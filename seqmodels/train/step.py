@@ -20,6 +20,7 @@ from seqmodels.typing import Segments
 TrainState = dict[str, Any]  # {"params", "optimizer", "step", "key"}, and "initial" where rows start from a state
 Batch = Mapping[str, Any]  # {"tokens", "targets", "start", "valid"}, each [B, T]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+Fit = Callable[[int, TrainState, Batch], TrainState]
 Loss = Callable[[Any, Batch, Array], tuple[Array, dict[str, Array]]]
 
 
@@ -180,9 +181,6 @@ def make_step(
     """
     objective = _objective(definition, loss, placement, starts)
     value_and_gradient = jax.value_and_grad(objective, has_aux=True)
-    # consecutive rows go to different parts: a device's rows stay its own
-    divide = lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-    join = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     def of_batch(
         arrays: dict[str, Any], batch: Batch, key: Array, rows: Rows
@@ -190,7 +188,7 @@ def make_step(
         if accumulate == 1:
             (_, (metrics, _, finals)), gradients = value_and_gradient(arrays, batch, key, rows)
             return metrics, gradients, finals
-        parts = jax.tree.map(divide, (dict(batch), rows))
+        parts = _parts((dict(batch), rows), accumulate)
 
         def add(sums: Any, item: tuple[Any, tuple[Batch, Rows]]) -> tuple[Any, Rows]:
             number, (part, rows) = item
@@ -204,23 +202,13 @@ def make_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (metrics, gradients, tokens))
         sums, finals = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
         metrics, gradients = jax.tree.map(lambda x: x / jnp.maximum(sums[2], 1), sums[:2])
-        return metrics, gradients, jax.tree.map(join, finals)
-
-    def fit(arrays: dict[str, Any], batch: Batch, key: Array) -> dict[str, Any]:
-        """Moments of the memory at the end of rows that are begun from zeros."""
-        assert starts is not None
-        of = lambda part: objective(arrays, part, key, {})[1][2]
-        finals = jax.tree.map(join, jax.lax.map(of, jax.tree.map(divide, dict(batch))))
-        return {"moments": starts.moments(finals, jnp.any(batch["valid"], axis=1)), "fitted": jnp.ones((), bool)}
+        return metrics, gradients, _joined(finals)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+        key = _key(state)
         initial = state.get("initial", {})
         rows: Rows = {}
         if starts is not None:
-            if starts.fits:
-                due = starts.due(initial, state["step"])
-                initial = jax.lax.cond(due, lambda: fit(state["params"], batch, key), lambda: dict(initial))
             rows, batch = starts.draw(initial, key, batch)
         metrics, gradients, finals = of_batch(state["params"], batch, key, rows)
         updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
@@ -238,6 +226,50 @@ def make_step(
         return {**state, "params": arrays, "optimizer": moments, "step": state["step"] + 1, **carried}, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_fit(
+    definition: params.Definition,
+    starts: Starts | None,
+    accumulate: int = 1,
+    placement: Placement | None = None,
+    *,
+    given: bool = False,
+) -> Fit:
+    """`(number, state, batch) -> state` before step `number`, from 0: fitted noise's moments where they are due.
+
+    They are those of this batch's final memory, its rows begun from zeros; `given`: the run began with some. A program
+    of its own, since most steps do without; the given state is donated to it.
+    """
+    if starts is None or not starts.fits:
+        return lambda number, state, batch: state
+    fits, objective = starts, _objective(definition, language_model_loss, placement, starts)
+
+    def fit(state: TrainState, batch: Batch) -> TrainState:
+        of_part = lambda part: objective(state["params"], part, _key(state), {})[1][2]
+        finals = _joined(jax.lax.map(of_part, _parts(dict(batch), accumulate)))
+        initial = {"moments": fits.moments(finals, jnp.any(batch["valid"], axis=1))}
+        if placement is not None:
+            initial = jax.lax.with_sharding_constraint(initial, _carried(initial, placement))
+        return {**state, "initial": initial}
+
+    compiled = jax.jit(fit, donate_argnums=0)
+    of_batch = compiled if placement is None else on_mesh(compiled, placement)
+    return lambda number, state, batch: of_batch(state, batch) if fits.due(number, given=given) else state
+
+
+def _key(state: TrainState) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+
+def _parts(tree: Any, count: int) -> Any:
+    """`[B, ...]` as `[count, B / count, ...]`: consecutive rows go to different parts, a device's rows stay its own."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def _joined(tree: Any) -> Any:
+    """The inverse of `_parts`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def begin(
@@ -270,6 +302,6 @@ def place(model: Any, config: TrainConfig) -> Placement | None:
     return None if mesh.size == 1 else Placement.of(model, mesh)
 
 
-def on_mesh(step: Step, placement: Placement) -> Step:
-    """A step that takes batches from the host."""
+def on_mesh(step: Callable[[TrainState, Batch], Any], placement: Placement) -> Callable[[TrainState, Batch], Any]:
+    """A step, or a fit, that takes batches from the host."""
     return lambda state, batch: step(state, place_batch(batch, placement.mesh))

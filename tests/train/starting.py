@@ -17,7 +17,7 @@ from seqmodels.mixers import Mamba2Config
 from seqmodels.models.lm import LanguageModel, LMState
 from seqmodels.train import InitialKind, InitialState
 from seqmodels.train.initial import Starts, make_starts
-from seqmodels.train.step import init_state, make_step
+from seqmodels.train.step import init_state, make_fit, make_step
 from tests.train.tiny import BATCH, LENGTH, LOCAL, RECURRENT, texts, tiny_model
 
 MAMBA = Mamba2Config(head_size=8, state_size=4, expansion=1.0)
@@ -50,7 +50,9 @@ class Run(NamedTuple):
 def compiled(initial: InitialState, accumulate: int = 1) -> tuple[Starts | None, Any]:
     definition, _ = params.split(hybrid())
     starts = make_starts(hybrid(), initial)
-    return starts, make_step(definition, keeps_gradients(), accumulate=accumulate, starts=starts)
+    step = make_step(definition, keeps_gradients(), accumulate=accumulate, starts=starts)
+    fits = {given: make_fit(definition, starts, accumulate, given=given) for given in (False, True)}
+    return starts, lambda state, batch, number, given: step(fits[given](number, state, batch), batch)
 
 
 def run(
@@ -60,8 +62,8 @@ def run(
     first = {} if starts is None else starts.first(hybrid(), BATCH, moments)
     state = init_state(params.split(hybrid())[1], keeps_gradients(), 0, initial=first)
     states, reported = [jax.device_get(state)], []
-    for batch in batches:
-        state, metrics = step(state, batch)
+    for number, batch in enumerate(batches):
+        state, metrics = step(state, batch, number, moments is not None)
         states.append(jax.device_get(state))
         reported.append(jax.device_get(metrics))
     return Run(states, reported)
