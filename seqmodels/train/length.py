@@ -62,18 +62,11 @@ def loss_by_position(
     chunk = min(chunk, length)
     definition, arrays = params.split(model)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def score(arrays: Any, state: Any, row: Array, valid: Array) -> tuple[Any, Array]:
-        model = params.merge(definition, arrays)
-        hidden, state, _ = model.forward(row[:, :-1], state, Segments(jnp.zeros_like(valid), valid))
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), row[:, 1:])
-        return state, jnp.mean(losses, axis=0)
-
     found: list[Any] = []
     state = None if chunk >= length else model.init_state(tokens.shape[0], length)
     for at in range(0, length, chunk):
         row, valid = _piece(tokens, at, chunk, 1)
-        state, losses = score(arrays, state, row, valid)
+        state, losses = _score(definition, arrays, state, row, valid)
         found.append(losses)
     by_position = np.concatenate(jax.device_get(found)).astype(np.float64)[: bounds[-1]]
     sums = np.add.reduceat(by_position, bounds[:-1])
@@ -96,15 +89,8 @@ def effective_remembrance(
         raise ValueError(f"starts {list(starts)} have to be positions from 0 to {length - 1}{aligned}")
     definition, arrays = params.split(model)
 
-    @jax.jit
-    def predict(arrays: Any, row: Array, start: Array) -> Array:
-        model = params.merge(definition, arrays)
-        position = jnp.broadcast_to(jnp.arange(length)[None], row.shape)
-        hidden, _, _ = model.forward(row, None, Segments(position == start, position >= start))
-        return jax.nn.softmax(model.logits(hidden[:, -1]), axis=-1)
-
-    whole = np.asarray(predict(arrays, tokens, 0))
-    cut = [np.asarray(predict(arrays, tokens, t)) for t in starts]
+    whole = np.asarray(_predict(definition, arrays, tokens, 0))
+    cut = [np.asarray(_predict(definition, arrays, tokens, t)) for t in starts]
     return np.stack([0.5 * np.abs(whole - one).sum(axis=-1) for one in cut], axis=1)
 
 
@@ -130,25 +116,45 @@ def state_statistics(
     definition, arrays = params.split(model)
     chunk = min(chunk, positions[-1])
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def advance(arrays: Any, state: Any, row: Array, valid: Array) -> Any:
-        return params.merge(definition, arrays).forward(row, state, Segments(jnp.zeros_like(valid), valid))[1]
-
-    @jax.jit
-    def measure(state: Any) -> dict[str, StateStatistics]:
-        def of(x: Array) -> StateStatistics:
-            entries = tuple(range(1, x.ndim))
-            return StateStatistics(jnp.std(x, axis=entries), jnp.mean(jnp.abs(x), axis=entries))
-
-        arrays = named(state)
-        return {name: of(arrays[name]) for name in names}
-
     state, found = model.init_state(tokens.shape[0], positions[-1]), []
     for before, position in zip([0, *positions[:-1]], positions, strict=True):
         for at in range(before, position, chunk):
-            state = advance(arrays, state, *_piece(tokens[:, :position], at, chunk, 0))
-        found.append(measure(state))
+            state = _advance(definition, arrays, state, *_piece(tokens[:, :position], at, chunk, 0))
+        found.append(_measure({name: array for name, array in named(state).items() if name in names}))
     return jax.tree.map(lambda *each: np.stack(each), *jax.device_get(found))
+
+
+# compiled once for all models of one definition, as an experiment compares them
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score(definition: params.Definition, arrays: Any, state: Any, row: Array, valid: Array) -> tuple[Any, Array]:
+    model = params.merge(definition, arrays)
+    hidden, state, _ = model.forward(row[:, :-1], state, Segments(jnp.zeros_like(valid), valid))
+    losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), row[:, 1:])
+    return state, jnp.mean(losses, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(definition: params.Definition, arrays: Any, row: Array, start: Array) -> Array:
+    model = params.merge(definition, arrays)
+    position = jnp.broadcast_to(jnp.arange(row.shape[1])[None], row.shape)
+    hidden, _, _ = model.forward(row, None, Segments(position == start, position >= start))
+    return jax.nn.softmax(model.logits(hidden[:, -1]), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(definition: params.Definition, arrays: Any, state: Any, row: Array, valid: Array) -> Any:
+    return params.merge(definition, arrays).forward(row, state, Segments(jnp.zeros_like(valid), valid))[1]
+
+
+@jax.jit
+def _measure(memory: dict[str, Array]) -> dict[str, StateStatistics]:
+    def of(x: Array) -> StateStatistics:
+        entries = tuple(range(1, x.ndim))
+        return StateStatistics(jnp.std(x, axis=entries), jnp.mean(jnp.abs(x), axis=entries))
+
+    return jax.tree.map(of, memory)
 
 
 def _checked(tokens: Any, *, least: int) -> Int[np.ndarray, "B T"]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqmodels.mixers import PrefixScan
-from seqmodels.train import effective_remembrance, loss_by_position, state_statistics
+from seqmodels.train import effective_remembrance, length, loss_by_position, state_statistics
 from seqmodels.train.length import doubling
 from tests.train.starting import MAMBA, hybrid, memory
 from tests.train.tiny import FULL, LOCAL, RECURRENT, tiny_model
@@ -49,6 +49,14 @@ def test_losses_by_position_are_those_of_one_forward_pass(mixers) -> None:
     at_once = loss_by_position(model, row)
     assert at_once.edges.tolist() == [0, LENGTH]
     np.testing.assert_allclose(at_once.loss, [expected.mean()], rtol=TOLERANCE)
+
+
+def test_another_model_of_the_same_definition_compiles_nothing() -> None:
+    compiled = []
+    for seed in (0, 1):
+        loss_by_position(tiny_model(LOCAL, seed=seed), tokens(LENGTH + 1), chunk=8)
+        compiled.append(length._score._cache_size())
+    assert compiled[0] == compiled[1]
 
 
 def test_edges_double() -> None:
