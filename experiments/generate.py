@@ -47,13 +47,17 @@ def main(arguments: Sequence[str]) -> None:
     from seqmodels.data import DOCUMENT, encode
     from seqmodels.generate import stream
     from seqmodels.train.checkpoint import load_params
+    from seqmodels.train.initial import make_starts
     from seqmodels.train.optimizer import make_optimizer
     from seqmodels.train.step import init_state
 
     model = nnx.eval_shape(lambda: build_model(run.experiment))  # shapes will do: the values are in the checkpoint
     definition, arrays = params.split(model)
-    optimizer = make_optimizer(run.experiment.train, params.labels(model))
-    template = jax.eval_shape(lambda arrays: init_state(arrays, optimizer, 0), arrays)
+    config = run.experiment.train
+    optimizer = make_optimizer(config, params.labels(model))
+    starts = make_starts(model, config.initial)
+    first = lambda: {} if starts is None else starts.first(model, config.batch_size)
+    template = jax.eval_shape(lambda arrays: init_state(arrays, optimizer, 0, initial=first()), arrays)
     arrays, step = load_params(options.run_dir, template)
     print(f"{options.run_dir}, step {step}", file=sys.stderr)
 

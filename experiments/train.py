@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     experiment, config = run.experiment, run.experiment.train
 
     from seqmodels import params
-    from seqmodels.data import VOCAB_SIZE, baselines, counts, documents, make_loader
-    from seqmodels.train import make_evaluator, train
+    from seqmodels.data import VOCAB_SIZE, baselines, counts, documents, make_loader, make_stream_loader
+    from seqmodels.train import InitialKind, make_evaluator, train
     from seqmodels.train.files import replace_file
 
     if experiment.model.vocab_size < VOCAB_SIZE:
@@ -60,8 +61,10 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{name}: {counts(part).documents:,} documents, {counts(part).bytes:,} bytes of {experiment.data.source}")
     print("compiling the training step", flush=True)
 
-    align = experiment.model.alignment
-    loader = make_loader(training, batch_size=config.batch_size, length=config.length, seed=config.seed, align=align)
+    make = functools.partial(make_loader, align=experiment.model.alignment)
+    if config.initial.kind == InitialKind.TRUNCATED_BPTT:
+        make = make_stream_loader
+    loader = make(training, batch_size=config.batch_size, length=config.length, seed=config.seed)
     evaluate = make_evaluator(params.split(model)[0], heldout, batch_size=config.batch_size, length=config.length)
     result = train(
         model, loader, config, workdir=workdir, record=run.record, evaluate=evaluate, tensorboard=run.tensorboard

@@ -7,7 +7,7 @@ B batch, T time, D model or channel width, H heads, G groups of heads, K key siz
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -80,11 +80,34 @@ class Context:
         return dataclasses.replace(self, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Which leaves of a mixer's state are its recurrent memory, by their dotted names ("hidden", "cell.memory").
+
+    A mixer says so in its class attribute `recurrent_memory`, and one without it has none: nothing of its state is ever
+    drawn, or handed to another sequence, but all of it goes on where a text goes on.
+
+    `leaves`: sums over the tokens so far, `[B, ...]`, for which any value is a valid one.
+    `heads`: the axis after the batch is that of heads.
+    `companions`: leaves without which those mean something else, as a maximum that they are scaled by, a normaliser
+    that they are divided by, an angle that they are turned by; each with the value beside which a drawn memory stands
+    for itself. They are not drawn (a normaliser has a sign), and go wherever their memory goes.
+
+    Inputs that a short convolution or a token shift keeps, attention's caches and all that is bound to a position of
+    its own document are neither.
+    """
+
+    leaves: tuple[str, ...]
+    heads: bool = False
+    companions: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
 @runtime_checkable
 class Mixer(Protocol):
     """Mixes along time: `mixer(x, state, context) -> (y, state)` for x of `[B, T, D]` with any T >= 1.
 
-    `state=None` starts fresh. The same call trains, prefills and decodes.
+    `state=None` starts fresh. The same call trains, prefills and decodes. A recurrence declares its `recurrent_memory`
+    (`Memory`).
     """
 
     def __call__(

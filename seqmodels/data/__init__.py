@@ -3,6 +3,7 @@
 from seqmodels.data.compression import baselines
 from seqmodels.data.corpora import documents
 from seqmodels.data.loader import evaluation_batches, evaluation_streams, make_loader
+from seqmodels.data.stream import make_stream_loader, token_rows
 from seqmodels.data.text import Counts, Document, counts
 from seqmodels.data.tfds import TFDSDocuments
 from seqmodels.data.tokens import DOCUMENT, VOCAB_SIZE, decode, encode
@@ -21,4 +22,6 @@ __all__ = [
     "evaluation_batches",
     "evaluation_streams",
     "make_loader",
+    "make_stream_loader",
+    "token_rows",
 ]

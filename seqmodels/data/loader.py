@@ -76,12 +76,12 @@ def make_loader(
     continues after `set_state(get_state())` with the very batches that this one would have given; `set_state` raises
     ValueError for a state that belongs to other documents or arguments.
     """
-    _check(documents, batch_size=batch_size, length=length, align=align)
+    check_arguments(documents, batch_size=batch_size, length=length, align=align)
     pieces = grain.MapDataset.source(Pieces(documents, length)).seed(seed).shuffle().repeat(epochs)
     packed = _pack(pieces, batch_size=batch_size, length=length, align=align, seed=seed)
     batches = packed.batch(batch_size, batch_fn=partial(_stack, batch_size=batch_size))
     arguments = {"batch_size": batch_size, "length": length, "seed": seed, "epochs": epochs, "align": align}
-    return iter(Resumable(batches, {"documents": len(documents), "sha256": _digest(documents), **arguments}))
+    return iter(Resumable(batches, {"documents": len(documents), "sha256": digest(documents), **arguments}))
 
 
 def evaluation_batches(
@@ -92,7 +92,7 @@ def evaluation_batches(
     The last batch is filled up with rows of padding, so that all have one shape. A document longer than `length` is
     seen in pieces without what came before them: `evaluation_streams` carries it on.
     """
-    _check(documents, batch_size=batch_size, length=length, align=align)
+    check_arguments(documents, batch_size=batch_size, length=length, align=align)
     packed = _pack(
         grain.MapDataset.source(Pieces(documents, length)), batch_size=batch_size, length=length, align=align, seed=None
     )
@@ -106,7 +106,7 @@ def evaluation_streams(documents: Sequence[Document], *, batch_size: int, length
     nowhere else, so each starts afresh, and `start[:, 0]` is False where a row continues. Longest documents are dealt
     first, each to the shortest row; padding stands at the end of rows that are through, in the last batches alone.
     """
-    _check(documents, batch_size=batch_size, length=length)
+    check_arguments(documents, batch_size=batch_size, length=length)
     rows: list[list[Document]] = [[] for _ in range(batch_size)]
     load = np.zeros(batch_size, np.int64)
     for document in sorted(documents, key=lambda document: (-len(document.bytes), document.name)):
@@ -167,7 +167,8 @@ def _stack(rows: Sequence[Batch], *, batch_size: int) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in empty}
 
 
-def _check(documents: Sequence[Document], *, batch_size: int, length: int, align: int = 1) -> None:
+def check_arguments(documents: Sequence[Document], *, batch_size: int, length: int, align: int = 1) -> None:
+    """Raises ValueError where there is no text, or a number below 1."""
     if not documents:
         raise ValueError("no documents: a loader needs at least one")
     if not sizes(documents).any():
@@ -178,15 +179,15 @@ def _check(documents: Sequence[Document], *, batch_size: int, length: int, align
         raise ValueError(f"batch_size {batch_size}, length {length} and align {align} must all be at least 1")
 
 
-def _digest(documents: Sequence[Document]) -> str:
+def digest(documents: Sequence[Document]) -> str:
     """A hash of names and contents; a sequence that knows its own says so in `digest`."""
     if known := getattr(documents, "digest", None):
         return known
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for document in documents:
-        digest.update(f"{len(document.bytes)} {document.name}\n".encode())
-        digest.update(document.bytes)
-    return digest.hexdigest()[:16]
+        hashed.update(f"{len(document.bytes)} {document.name}\n".encode())
+        hashed.update(document.bytes)
+    return hashed.hexdigest()[:16]
 
 
 class Resumable(grain.IterDataset):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from seqmodels.layers.linear import Linear
 from seqmodels.operators.diagonal import diagonal_scan
 from seqmodels.operators.family import check_method
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class ElementwiseCell(nnx.Module):
 
     A cell defines `recurrence`, and `read` where the output is not h itself; gates and h are at least float32.
     """
+
+    recurrent_memory = Memory(("hidden",))
 
     def __init__(self, config: ElementwiseConfig, width: int, *, rngs: nnx.Rngs):
         size = config.expansion * width

@@ -20,7 +20,7 @@ from seqmodels.mixers.gla import head_size
 from seqmodels.operators.family import check_method
 from seqmodels.operators.householder import delta_product
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 class Eigenvalues(enum.StrEnum):
@@ -92,6 +92,8 @@ class GatedDeltaNet(nnx.Module):
 
     With several `steps` every token has so many keys, values and betas, and decays once (`DeltaProductConfig`).
     """
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: GatedDeltaNetConfig, width: int, *, depth: int, rngs: nnx.Rngs, steps: int = 1):
         self.config = config

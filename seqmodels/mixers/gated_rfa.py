@@ -16,7 +16,7 @@ from seqmodels.layers.linear import Linear
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import normalised_linear_attention
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 UNIT = 1e-6
 """Added to a squared length before queries and keys are divided by it."""
@@ -67,6 +67,8 @@ class GatedRFAState(NamedTuple):
 
 class GatedRFA(nnx.Module):
     """See `GatedRFAConfig`. Features, gates and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True, companions={"normaliser": 1})
 
     def __init__(self, config: GatedRFAConfig, width: int, *, rngs: nnx.Rngs):
         if width % config.heads:

@@ -15,7 +15,7 @@ from seqmodels.layers.linear import Linear, scaled
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ def head_size(width: int, config: Any, field: str, heads: int) -> int:
 
 class GLA(nnx.Module):
     """See `GLAConfig`. Gates and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: GLAConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.config = config

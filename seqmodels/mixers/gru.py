@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.recurrent import RecurrentCell, RecurrentConfig
 from seqmodels.params import Group, param
+from seqmodels.typing import Memory
 
 GATES = 3  # reset, update, new
 
@@ -37,6 +38,8 @@ class GRUState(NamedTuple):
 
 class GRU(RecurrentCell):
     """See `GRUConfig`."""
+
+    recurrent_memory = Memory(("hidden",), heads=True)
 
     def __init__(self, config: GRUConfig, width: int, *, rngs: nnx.Rngs):
         super().__init__(config, width, GATES, rngs=rngs)

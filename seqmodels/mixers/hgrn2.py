@@ -16,7 +16,7 @@ from seqmodels.layers.linear import Linear, scaled
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,8 @@ class HGRN2State(NamedTuple):
 
 class HGRN2(nnx.Module):
     """See `HGRN2Config`. Gates and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: HGRN2Config, width: int, *, depth: int, rngs: nnx.Rngs):
         if width % config.head_size:

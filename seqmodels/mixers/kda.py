@@ -20,7 +20,7 @@ from seqmodels.mixers.gla import head_sizes
 from seqmodels.operators.delta import delta_rule
 from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,8 @@ class KDAState(NamedTuple):
 
 class KDA(nnx.Module):
     """See `KDAConfig`. Gates, decays and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: KDAConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.config = config

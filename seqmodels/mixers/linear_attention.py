@@ -17,7 +17,7 @@ from seqmodels.layers.norms import RMSNorm
 from seqmodels.mixers.gla import head_sizes
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention, normalised_linear_attention
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 class FeatureMap(enum.StrEnum):
@@ -81,6 +81,8 @@ class LinearAttentionState(NamedTuple):
 
 class LinearAttention(nnx.Module):
     """See `LinearAttentionConfig`. States are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True, companions={"normaliser": 1})
 
     def __init__(self, config: LinearAttentionConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.config = config

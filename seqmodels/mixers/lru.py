@@ -19,7 +19,7 @@ from seqmodels.operators.convolution import CONVOLUTION
 from seqmodels.operators.family import check_method
 from seqmodels.operators.state_space import state_space
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 SMALLEST = 1e-6  # keeps logarithms of uniform draws finite
 
@@ -66,6 +66,8 @@ class LRUState(NamedTuple):
 
 class LRU(nnx.Module):
     """See `LRUConfig`. Rates, drives and states are at least complex64, whatever the type of x."""
+
+    recurrent_memory = Memory(("hidden",))
 
     def __init__(self, config: LRUConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.recurrent import RecurrentCell, RecurrentConfig
 from seqmodels.params import Group, param
+from seqmodels.typing import Memory
 
 GATES = 4  # input, forget, cell, output
 
@@ -39,6 +40,8 @@ class LSTMState(NamedTuple):
 
 class LSTM(RecurrentCell):
     """See `LSTMConfig`."""
+
+    recurrent_memory = Memory(("hidden", "cell"), heads=True)
 
     def __init__(self, config: LSTMConfig, width: int, *, rngs: nnx.Rngs):
         super().__init__(config, width, GATES, rngs=rngs)

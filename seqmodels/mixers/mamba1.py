@@ -17,7 +17,7 @@ from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.family import check_method
 from seqmodels.operators.selective import selective_scan
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,8 @@ def _counting(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> A
 
 class Mamba1(nnx.Module):
     """See `Mamba1Config`. Step sizes, decays and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("ssm",))
 
     def __init__(self, config: Mamba1Config, width: int, *, depth: int, rngs: nnx.Rngs):
         inner = config.inner_size or round(config.expansion * width)

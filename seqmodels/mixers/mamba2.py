@@ -18,7 +18,7 @@ from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Mamba2State(NamedTuple):
 
 class Mamba2(nnx.Module):
     """See `Mamba2Config`. Step sizes, decays and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("ssm",), heads=True)
 
     def __init__(self, config: Mamba2Config, width: int, *, depth: int, rngs: nnx.Rngs):
         inner = round(config.expansion * width)

@@ -21,7 +21,7 @@ from seqmodels.operators.family import check_method
 from seqmodels.operators.rotation import running_angles
 from seqmodels.operators.trapezoid import LastToken, trapezoidal_scan
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Mamba3State(NamedTuple):
 
 class Mamba3(nnx.Module):
     """See `Mamba3Config`. Step sizes, decays, angles and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True, companions={"turns": 0})
 
     def __init__(self, config: Mamba3Config, width: int, *, depth: int, rngs: nnx.Rngs):
         inner = round(config.expansion * width)

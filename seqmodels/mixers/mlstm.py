@@ -17,7 +17,7 @@ from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.exponential import ExponentialState, empty_state, mlstm_scan
 from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, Initializer, MixerConfig
+from seqmodels.typing import Context, Initializer, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,8 @@ def small(size: int) -> Initializer:
 
 class MLSTM(nnx.Module):
     """See `MLSTMConfig`. Gates and the state are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("cell.memory",), heads=True, companions={"cell.normaliser": 0, "cell.log_max": 0})
 
     def __init__(self, config: MLSTMConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         inner, heads = round(config.expansion * width), config.heads

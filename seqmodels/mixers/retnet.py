@@ -18,7 +18,7 @@ from seqmodels.layers.positions import rope
 from seqmodels.mixers.gla import head_sizes
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ class RetNetState(NamedTuple):
 
 class RetNet(nnx.Module):
     """See `RetNetConfig`. States are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: RetNetConfig, width: int, *, rngs: nnx.Rngs):
         self.config = config

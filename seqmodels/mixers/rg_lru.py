@@ -18,7 +18,7 @@ from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.diagonal import diagonal_scan
 from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 DECAY_SCALE = 8.0
 """The paper's c in a_t = a^(c r_t)."""
@@ -88,6 +88,8 @@ def _bounded_sqrt_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 class RGLRU(nnx.Module):
     """See `RGLRUConfig`. Gates, decays and the hidden state are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("hidden",), companions={"length": 1})  # a carried h is scaled already
 
     def __init__(self, config: RGLRUConfig, width: int, *, depth: int, rngs: nnx.Rngs):
         self.config = config

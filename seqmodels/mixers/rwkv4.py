@@ -17,7 +17,7 @@ from seqmodels.layers.token_shift import lerp, no_token, shares, token_shift
 from seqmodels.operators.family import check_method
 from seqmodels.operators.wkv import WKVState, empty_wkv, wkv_scan
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,8 @@ class RWKV4State(NamedTuple):
 
 class RWKV4(nnx.Module):
     """See `RWKV4Config`. Decays, the average and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("average.numerator",), companions={"average.denominator": 1, "average.log_max": 0})
 
     def __init__(self, config: RWKV4Config, width: int, *, layer: int, depth: int, rngs: nnx.Rngs):
         self.config, self.width = config, width

@@ -19,7 +19,7 @@ from seqmodels.layers.token_shift import lerp, no_token, shares, token_shift
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, Initializer, MixerConfig
+from seqmodels.typing import Context, Initializer, Memory, MixerConfig
 
 MIXED = ("decay", "key", "value", "receptance", "gate")
 
@@ -84,6 +84,8 @@ def looking_back(layer: int, depth: int, power: float = 1.0, offset: float = 0.0
 
 class RWKV6(nnx.Module):
     """See `RWKV6Config`. Decays and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: RWKV6Config, width: int, *, layer: int, depth: int, rngs: nnx.Rngs):
         self.config, self.width = config, width

@@ -22,7 +22,7 @@ from seqmodels.mixers.rwkv6 import head_norm, heads_of, looking_back
 from seqmodels.operators.delta import diagonal_plus_rank_one
 from seqmodels.operators.family import check_method
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, Initializer, MixerConfig
+from seqmodels.typing import Context, Initializer, Memory, MixerConfig
 
 FIRST = "rwkv7"
 """`context.shared[FIRST]`: the `FirstValues` of the stack's first RWKV-7 layer."""
@@ -87,6 +87,8 @@ def published_rank(factor: float, width: int, power: float) -> int:
 
 class RWKV7(nnx.Module):
     """See `RWKV7Config`. Decays, rates and states are at least float32, whatever the type of x."""
+
+    recurrent_memory = Memory(("memory",), heads=True)
 
     def __init__(self, config: RWKV7Config, width: int, *, layer: int, depth: int, rngs: nnx.Rngs):
         self.config, self.width = config, width

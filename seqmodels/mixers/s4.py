@@ -18,7 +18,7 @@ from seqmodels.layers.linear import along_last
 from seqmodels.mixers.s4d import check_state_space
 from seqmodels.operators.dplr import DPLR, dplr_scan
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,8 @@ class S4State(NamedTuple):
 
 class S4(nnx.Module):
     """See `S4Config`. The state space runs in at least float32 and complex64, whatever the type of x."""
+
+    recurrent_memory = Memory(("hidden",))
 
     def __init__(self, config: S4Config, width: int, *, rngs: nnx.Rngs):
         if width % config.copies:

@@ -20,7 +20,7 @@ from seqmodels.operators.convolution import CONVOLUTION
 from seqmodels.operators.family import check_method
 from seqmodels.operators.state_space import channel_state_space
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,8 @@ class S4DState(NamedTuple):
 
 class S4D(nnx.Module):
     """See `S4DConfig`. The state space runs in at least float32 and complex64, whatever the type of x."""
+
+    recurrent_memory = Memory(("hidden",))
 
     def __init__(self, config: S4DConfig, width: int, *, rngs: nnx.Rngs):
         self.config, self.width = config, width

@@ -20,7 +20,7 @@ from seqmodels.mixers.s4d import check_state_space
 from seqmodels.operators.convolution import CONVOLUTION
 from seqmodels.operators.state_space import state_space
 from seqmodels.params import Group, param
-from seqmodels.typing import Context, MixerConfig
+from seqmodels.typing import Context, Memory, MixerConfig
 
 ELAPSED = "elapsed"
 """`context.shared[ELAPSED]`, Float[B, T]: the time from the token before to this one, in units of the usual gap."""
@@ -68,6 +68,8 @@ class S5State(NamedTuple):
 
 class S5(nnx.Module):
     """See `S5Config`. Rates, drives and states are at least complex64, whatever the type of x."""
+
+    recurrent_memory = Memory(("hidden",))
 
     def __init__(self, config: S5Config, width: int, *, rngs: nnx.Rngs):
         self.config = config

@@ -17,7 +17,7 @@ from seqmodels.operators.exponential import larger
 from seqmodels.operators.nonlinear import check_cell_method, nonlinear_scan, refuse_sharded_time
 from seqmodels.params import Group, param
 from seqmodels.scan import Newton, NewtonReport, Recurrence, scan
-from seqmodels.typing import Context, MixerConfig, Segments
+from seqmodels.typing import Context, Memory, MixerConfig, Segments
 
 GATES = 4  # input, forget, cell, output
 
@@ -82,6 +82,10 @@ class SLSTMState(NamedTuple):
 
 class SLSTM(nnx.Module):
     """See `SLSTMConfig`. Gates, R y and the state are at least float32."""
+
+    recurrent_memory = Memory(
+        ("cell.output", "cell.cell"), heads=True, companions={"cell.normaliser": 1, "cell.log_max": 0}
+    )
 
     def __init__(self, config: SLSTMConfig, width: int, *, layer: int, depth: int, rngs: nnx.Rngs):
         if width % config.heads:

@@ -84,7 +84,10 @@ class ModelConfig:
 
 
 class LMState(NamedTuple):
-    """What a model carries between calls. `position`: how many tokens the carried document has had."""
+    """What a model carries between calls. `position`: how many tokens the carried document has had.
+
+    `layers`: per group and step, as `Stack` has them; None in the place of a step's state starts that layer fresh.
+    """
 
     position: Int[Array, "B"]
     layers: Any
@@ -202,7 +205,9 @@ class LanguageModel(nnx.Module):
         if state is None:
             return
         batch = tokens.shape[0]
-        expected, roomier = (jax.eval_shape(lambda n=n: self.init_state(batch, n)) for n in (1 << 20, 1 << 21))
+        expected, roomier = (
+            _as_far_as(state, jax.eval_shape(lambda n=n: self.init_state(batch, n))) for n in (1 << 20, 1 << 21)
+        )
         structures: list[Any] = [jax.tree.structure(tree) for tree in (state, expected)]
         if structures[0] != structures[1]:
             raise ValueError("this state belongs to another model: its structure is not that of model.init_state(...)")
@@ -213,3 +218,12 @@ class LanguageModel(nnx.Module):
                     f"a state with a leaf of shape {leaf.shape} cannot continue tokens of shape {tokens.shape}: "
                     f"expected {shape}, None for the capacity; make it with model.init_state({batch})"
                 )
+
+
+def _as_far_as(state: Any, whole: LMState) -> LMState:
+    """`whole` without the layers of which `state` has None."""
+    layers = getattr(state, "layers", None)
+    if not isinstance(layers, tuple) or list(map(len, layers)) != list(map(len, whole.layers)):
+        return whole
+    pairs = (zip(own, group, strict=True) for own, group in zip(layers, whole.layers, strict=True))
+    return LMState(whole.position, tuple(tuple(None if own is None else of for own, of in pair) for pair in pairs))

@@ -129,6 +129,11 @@ class Placement(NamedTuple):
         """The same on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def rows(self) -> NamedSharding:
+        """Of arrays `[B, ...]` without a time axis, as states are."""
+        return NamedSharding(self.mesh, batch_spec(1))
+
     def enter(self, model: Any) -> Any:
         """The model, to be called inside `shard_map` over the mesh."""
         used = {axis: axis if self.mesh.shape[axis] > 1 else None for axis in (SEQUENCE, FSDP)}

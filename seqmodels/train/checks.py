@@ -22,10 +22,13 @@ class Expected(NamedTuple):
     """Documents start at multiples of it, as the model needs them to."""
 
 
-def check_batch(batch: Mapping[str, Any], expected: Expected, *, first: bool) -> None:
+def check_batch(
+    batch: Mapping[str, Any], expected: Expected, *, first: bool, continued: Continued | None = None
+) -> None:
     """Raises ValueError where a batch is not what `language_model_loss` needs.
 
-    Keys, shapes and tokens are looked at in the `first` batch; how documents are aligned, in every one.
+    Keys, shapes and tokens are looked at in the `first` batch; how documents are aligned, and whether they go on as
+    `continued` wants them to, in every one.
     """
     if first:
         _check_arrays(batch, expected)
@@ -39,6 +42,8 @@ def check_batch(batch: Mapping[str, Any], expected: Expected, *, first: bool) ->
                 f"a document starts inside a chunk (row {wrong[0][0]} of a batch), and this model needs starts at "
                 f"multiples of {expected.alignment}: make_loader(..., align={expected.alignment})"
             )
+    if continued is not None:
+        continued(batch)
 
 
 def _check_arrays(batch: Mapping[str, Any], expected: Expected) -> None:
@@ -97,3 +102,40 @@ def why_not_finite(batch: Mapping[str, Any], vocabulary: int | None) -> str:
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number in a tree of arrays is finite."""
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+class Continued:
+    """Checks that batches go on from one to the next, as `truncated_bptt` needs them to: `check(batch)`.
+
+    Raises ValueError where a row that does not start a document begins with another token than the one that was the
+    last target of the same row before (rows whose targets are not the next tokens are left out), and where none of the
+    first `patience` batches goes on with anything. The first batch of a resumed run is taken as it is.
+    """
+
+    def __init__(self, patience: int = 8) -> None:
+        self._before: tuple[np.ndarray, np.ndarray] | None = None
+        self._patience, self._fresh, self._met = patience, 0, False
+
+    def __call__(self, batch: Mapping[str, Any]) -> None:
+        tokens, targets, start, valid = (np.asarray(batch[name]) for name in NEEDED)
+        goes_on = ~start[:, 0] & valid[:, 0]
+        self._met |= bool(goes_on.any())
+        self._fresh += 1
+        way_out = "seqmodels.data.make_stream_loader gives such batches"
+        if not self._met and self._fresh == self._patience:
+            raise ValueError(
+                f"train.initial.kind is truncated_bptt, and none of the first {self._patience} batches goes on with "
+                f"the one before: every row begins a document (start[:, 0]). {way_out}; else choose another kind"
+            )
+        if self._before is not None:
+            last, predicts = self._before
+            wrong = np.flatnonzero(goes_on & predicts & (last != tokens[:, 0]))
+            if len(wrong):
+                row = int(wrong[0])
+                raise ValueError(
+                    f"train.initial.kind is truncated_bptt, and row {row} of a batch begins with {tokens[row, 0]} "
+                    f"inside a document, where the one before ended with the target {last[row]}: row r has to go on "
+                    f"with row r of the batch before. {way_out}"
+                )
+        follows = (targets[:, :-1] == tokens[:, 1:]) | start[:, 1:] | ~valid[:, 1:] | ~valid[:, :-1]
+        self._before = targets[:, -1], follows.all(axis=1) & valid[:, -1]

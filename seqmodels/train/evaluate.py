@@ -12,20 +12,12 @@ import numpy as np
 from jaxtyping import Array
 
 from seqmodels import params
+from seqmodels.models.memory import grows
 from seqmodels.train.step import Batch, cross_entropy
 from seqmodels.typing import Segments
 
 if TYPE_CHECKING:
     from seqmodels.data import Document
-
-
-def grows(model: Any) -> bool:
-    """Whether the model's state needs a capacity (full attention)."""
-    try:
-        jax.eval_shape(lambda: model.init_state(1))
-    except ValueError:
-        return True
-    return False
 
 
 def make_evaluator(

@@ -13,8 +13,8 @@ import jax
 
 from seqmodels import params
 from seqmodels.train.checkpoint import Checkpoints
-from seqmodels.train.checks import Expected, all_finite, check_batch, why_not_finite
-from seqmodels.train.config import TrainConfig
+from seqmodels.train.checks import Continued, Expected, all_finite, check_batch, why_not_finite
+from seqmodels.train.config import InitialKind, TrainConfig
 from seqmodels.train.files import reported
 from seqmodels.train.interrupt import Interrupted, SignalFlag
 from seqmodels.train.metrics import MetricsLog, Row, write_curve
@@ -24,11 +24,14 @@ from seqmodels.train.progress import TrainProgress
 from seqmodels.train.run import RunFolder, as_json
 from seqmodels.train.step import (
     Batch,
+    Fit,
     Loss,
     Step,
     TrainState,
+    begin,
     init_state,
     language_model_loss,
+    make_fit,
     make_step,
     on_mesh,
     place,
@@ -60,6 +63,7 @@ def train(
     record: Mapping[str, Any] | None = None,
     loss: Loss = language_model_loss,
     evaluate: Callable[[dict[str, Any]], Mapping[str, float]] | None = None,
+    moments: Mapping[str, Any] | None = None,
     quiet: bool = False,
     tensorboard: bool = False,
 ) -> Result:
@@ -68,6 +72,7 @@ def train(
     With a `workdir` the run is kept there and goes on from its last checkpoint: `batches` then needs `get_state` and
     `set_state` as grain's iterators have. `record["settings"]` (JSON-able) is what a resumed run must share; the
     training config is always part of it. `evaluate(arrays)` is called every `config.evaluate_every` steps.
+    `config.initial` says what rows start from; `moments` (`fit_moments`) are those that fitted noise begins with.
     TensorBoard's files are written under `workdir` where a package for them is installed; with `tensorboard` one has
     to be.
 
@@ -81,6 +86,7 @@ def train(
     quiet = quiet or not first_process()
     definition, arrays = params.split(model)
     optimizer = make_optimizer(config, params.labels(model))
+    starts, initial = begin(model, config, loss, moments)
     placement = place(model, config)
     step = make_step(
         definition,
@@ -89,20 +95,32 @@ def train(
         learning_rate=schedule(config),
         accumulate=config.accumulate,
         placement=placement,
+        starts=starts,
     )
-    state = init_state(arrays, optimizer, config.seed, placement)
+    state = init_state(arrays, optimizer, config.seed, placement, initial)
+    fit = make_fit(definition, starts, config.accumulate, placement, given=moments is not None)
     if placement is not None:
         step = on_mesh(step, placement)
     described = getattr(model, "config", None)
     vocabulary = getattr(described, "vocab_size", None)
     expected = Expected(config.batch_size, config.length, vocabulary, getattr(described, "alignment", 1))
     # what a batch holds is known of this library's own loss alone
-    check = functools.partial(check_batch, expected=expected) if loss is language_model_loss else None
+    continued = Continued() if config.initial.kind == InitialKind.TRUNCATED_BPTT else None
+    check_text = functools.partial(check_batch, expected=expected, continued=continued)
+    check = check_text if loss is language_model_loss else None
     explain = functools.partial(why_not_finite, vocabulary=vocabulary)
     if not hasattr(batches, "__next__"):
         batches = iter(batches)
     make_run = functools.partial(
-        _Run, step, batches=batches, config=config, evaluate=evaluate, check=check, explain=explain, quiet=quiet
+        _Run,
+        step,
+        fit=fit,
+        batches=batches,
+        config=config,
+        evaluate=evaluate,
+        check=check,
+        explain=explain,
+        quiet=quiet,
     )
     if workdir is None:
         return make_run(state=state, log=MetricsLog(None)).result(definition)
@@ -168,6 +186,7 @@ class _Run:
         self,
         step: Step,
         *,
+        fit: Fit,
         state: TrainState,
         batches: Iterator[Batch],
         config: TrainConfig,
@@ -181,7 +200,7 @@ class _Run:
         signals: SignalFlag | None = None,
         events: EventFiles | None = None,
     ) -> None:
-        self.step, self.state, self.batches, self.config = step, state, batches, config
+        self.step, self.fit, self.state, self.batches, self.config = step, fit, state, batches, config
         self.evaluate, self.check, self.explain = evaluate, check, explain
         self.log, self.events, self.start = log, events, start
         self.checkpoints, self.signals = checkpoints, signals
@@ -228,7 +247,7 @@ class _Run:
         if self.check is not None:
             self.check(batch, first=number == self.start + 1)
         try:
-            self.state, metrics = self.step(self.state, batch)
+            self.state, metrics = self.step(self.fit(number - 1, self.state, batch), batch)
         except KeyError as error:
             held = ", ".join(batch) or "nothing"
             raise ValueError(f"the loss looks up {error}, which is not there: the batch holds {held}") from error
