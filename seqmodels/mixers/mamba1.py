@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqmodels.layers.linear import Linear, along_last
+from seqmodels.layers.linear import Linear, along_last, uniform
 from seqmodels.layers.rates import check_ranges, step_biases
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.family import check_method
@@ -85,13 +85,12 @@ class Mamba1(nnx.Module):
         rank = config.dt_rank or math.ceil(width / 16)
         self.config = config
         self.inner, self.rank = inner, rank
-        uniform = lambda variance: jax.nn.initializers.variance_scaling(variance, "fan_in", "uniform")
-        init, bias = uniform(1 / 3), config.use_bias
+        init, bias = uniform(), config.use_bias
         self.input = Linear(width, 2 * inner, rngs=rngs, axes=("embed", "recurrent"), bias=bias, init=init)
         self.conv = ShortConv(inner, config.conv_width, rngs=rngs, bias=config.conv_bias, init=init)
         self.select = Linear(inner, rank + 2 * config.state_size, rngs=rngs, axes=("recurrent", None), init=init)
         self.step = Linear(rank, inner, rngs=rngs, axes=(None, "recurrent"), init=init)
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), bias=bias, init=uniform(1 / 3 / depth))
+        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), bias=bias, init=uniform(1 / depth))
 
         channels, dynamics = ("recurrent",), Group.DYNAMICS
         self.a_log = param(rngs, (inner, config.state_size), _counting, group=dynamics, axes=("recurrent", None))

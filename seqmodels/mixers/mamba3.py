@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqmodels.layers.linear import Linear, along_last
+from seqmodels.layers.linear import Linear, along_last, uniform
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.positions import rotated_size
 from seqmodels.layers.rates import check_ranges, step_biases
@@ -94,9 +94,8 @@ class Mamba3(nnx.Module):
         self.angles = rotated_size(config.state_size, config.rotated_fraction) // 2
         shared = rank * config.groups * config.state_size
         self.sizes = (inner, inner, shared, shared, heads, heads, heads, self.angles)
-        uniform = lambda variance: jax.nn.initializers.variance_scaling(variance, "fan_in", "uniform")
-        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"), init=uniform(1 / 3))
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=uniform(1 / 3 / depth))
+        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"), init=uniform())
+        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=uniform(1 / depth))
         self.norm_b = RMSNorm(config.state_size, rngs=rngs, eps=1e-5, axis=None)
         self.norm_c = RMSNorm(config.state_size, rngs=rngs, eps=1e-5, axis=None)
         self.norm = RMSNorm(inner, rngs=rngs, eps=1e-5, groups=heads, axis="recurrent") if config.output_norm else None
