@@ -31,7 +31,7 @@ class Mamba1Config(MixerConfig):
     with B dt for the drive, as the authors' code has it, not the zero-order hold of the paper's equation 4. The inner
     width is `inner_size`, or `expansion` times the model's; r has `dt_rank` numbers, None: width / 16, rounded up.
     `norm_bcdt_eps`: r, B and C are divided by sqrt(mean of squares + eps) first (FalconMamba, 2410.05355).
-    `conv_bias`, `use_bias`: of the convolution, and of W_in and W_out.
+    `conv_bias`, `bias`: of the convolution, and of W_in and W_out.
 
     At initialisation exp(a_log) is 1, 2, ..., state_size (S4D-real), softplus(dt_bias) log-uniform in `step_range`,
     skip 1, and matrices uniform in +-1/sqrt(fan-in), W_out also divided by sqrt(depth). `chunk`: steps whose states the
@@ -45,7 +45,7 @@ class Mamba1Config(MixerConfig):
     conv_width: int = 4
     dt_rank: int | None = None
     conv_bias: bool = True
-    use_bias: bool = False
+    bias: bool = False
     norm_bcdt_eps: float | None = None
     step_range: tuple[float, float] = (1e-3, 1e-1)
     method: str = "auto"
@@ -85,7 +85,7 @@ class Mamba1(nnx.Module):
         rank = config.dt_rank or math.ceil(width / 16)
         self.config = config
         self.inner, self.rank = inner, rank
-        init, bias = uniform(), config.use_bias
+        init, bias = uniform(), config.bias
         self.input = Linear(width, 2 * inner, rngs=rngs, axes=("embed", "recurrent"), bias=bias, init=init)
         self.conv = ShortConv(inner, config.conv_width, rngs=rngs, bias=config.conv_bias, init=init)
         self.select = Linear(inner, rank + 2 * config.state_size, rngs=rngs, axes=("recurrent", None), init=init)

@@ -86,13 +86,13 @@ def padded(batch: int = BATCH, length: int = LENGTH) -> tuple[Context, np.ndarra
 
 
 CASES = {
-    "qwen": MoEConfig(experts=5, top_k=3, hidden=4, shared_hidden=3),
-    "switch": MoEConfig(experts=4, top_k=1, hidden=5, renormalise=False, gated=False, activation=Activation.GELU),
-    "all-experts": MoEConfig(experts=3, top_k=3, hidden=4, renormalise=False, router_z=0.1),
+    "qwen": MoEConfig(experts=5, top_k=3, hidden_size=4, shared_hidden_size=3),
+    "switch": MoEConfig(experts=4, top_k=1, hidden_size=5, renormalise=False, gated=False, activation=Activation.GELU),
+    "all-experts": MoEConfig(experts=3, top_k=3, hidden_size=4, renormalise=False, router_z=0.1),
     "shared-ungated": MoEConfig(
-        experts=12, top_k=2, hidden=4, shared_hidden=5, shared_gate=False, activation=Activation.RELU_SQUARED
+        experts=12, top_k=2, hidden_size=4, shared_hidden_size=5, shared_gate=False, activation=Activation.RELU_SQUARED
     ),
-    "one-expert": MoEConfig(experts=1, top_k=1, hidden=4, balance=0.0),
+    "one-expert": MoEConfig(experts=1, top_k=1, hidden_size=4, balance=0.0),
 }
 
 
@@ -145,7 +145,7 @@ def test_padding_may_hold_nan() -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 def test_any_number_of_tokens(length: int) -> None:
     """A layer of many experts decodes one token, and what a token gets does not depend on the others."""
-    config = MoEConfig(experts=16, top_k=3, hidden=4)
+    config = MoEConfig(experts=16, top_k=3, hidden_size=4)
     definition, arrays = made(config, np.float32)
     moe = params.merge(definition, arrays)
     x = np.random.default_rng(2).standard_normal((2, 50, WIDTH)).astype(np.float32)
@@ -172,7 +172,7 @@ def test_every_assignment_has_a_row_of_its_own_in_a_block_of_its_expert(count: i
 
 def test_uniform_routing_has_the_least_balance_loss() -> None:
     """Its value is the coefficient times top_k; it grows where the tokens crowd, and its gradient spreads them."""
-    config = MoEConfig(experts=4, top_k=1, hidden=4, balance=0.5)
+    config = MoEConfig(experts=4, top_k=1, hidden_size=4, balance=0.5)
     definition, arrays = made(config, np.float32)
     corners = np.eye(4, WIDTH, dtype=np.float32)[np.arange(BATCH * 8) % 4].reshape(BATCH, 8, WIDTH)
 
@@ -185,14 +185,14 @@ def test_uniform_routing_has_the_least_balance_loss() -> None:
     np.testing.assert_allclose(loss(0.0), 0.5, rtol=ROUNDING)
     assert loss(3.0) > 0.9
     assert jax.grad(loss)(3.0) > 0.01
-    every = MoEConfig(experts=4, top_k=4, hidden=4, balance=0.5)
+    every = MoEConfig(experts=4, top_k=4, hidden_size=4, balance=0.5)
     aux = every.make(WIDTH, layer=0, depth=2, rngs=nnx.Rngs(0))(corners, (), Context.whole(BATCH, 8))[2]
     np.testing.assert_allclose(aux["balance"], 4 * 0.5, rtol=ROUNDING)
 
 
 def test_a_router_is_float32_in_a_bfloat16_model() -> None:
     """In bfloat16 the logits of these two experts would be equal, and the first would be chosen."""
-    config = MoEConfig(experts=2, top_k=1, hidden=4, renormalise=False)
+    config = MoEConfig(experts=2, top_k=1, hidden_size=4, renormalise=False)
     definition, arrays = made(config, np.float32)
     router = np.zeros((WIDTH, 2), np.float32)
     router[0] = 1.0, 1.001
@@ -208,7 +208,7 @@ def test_a_router_is_float32_in_a_bfloat16_model() -> None:
 @pytest.mark.usefixtures("quick_compilation")
 def test_losses_are_over_the_tokens_of_all_devices() -> None:
     """Loss and gradients on eight devices are those of one; losses of a device's own tokens would differ."""
-    moe = MoEConfig(experts=4, top_k=2, hidden=8, shared_hidden=8, balance=1.0, router_z=0.1)
+    moe = MoEConfig(experts=4, top_k=2, hidden_size=8, shared_hidden_size=8, balance=1.0, router_z=0.1)
     assert_mesh_equals_one_device(ModelConfig(32, 64, (((moe,), 2),)), (2, 2, 2))
 
 
@@ -218,8 +218,8 @@ def test_losses_are_over_the_tokens_of_all_devices() -> None:
         ({"top_k": 0}, "top_k=0 of experts=8"),
         ({"top_k": 9}, "top_k=9 of experts=8"),
         ({"expansion": 0.0}, "expansion must be positive"),
-        ({"hidden": 0}, "hidden must be at least 1"),
-        ({"shared_hidden": -1}, "shared_hidden must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"shared_hidden_size": -1}, "shared_hidden_size must be at least 1"),
         ({"balance": -0.1}, "balance is the coefficient"),
         ({"router_z": float("nan")}, "router_z is the coefficient"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),

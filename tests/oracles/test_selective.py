@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 MAMBA1 = {
     "published": Mamba1Config(state_size=3),
-    "biases": Mamba1Config(state_size=2, inner_size=5, dt_rank=3, conv_width=2, conv_bias=False, use_bias=True),
+    "biases": Mamba1Config(state_size=2, inner_size=5, dt_rank=3, conv_width=2, conv_bias=False, bias=True),
     "falcon": Mamba1Config(state_size=3, expansion=0.5, norm_bcdt_eps=1e-3, method="chunked", chunk=4),
 }
 
