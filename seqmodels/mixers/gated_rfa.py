@@ -33,10 +33,20 @@ class GatedRFAConfig(MixerConfig):
 
     with n = `features`: phi(q) phi(k) estimates exp(-|sigma * (q - k)|^2 / 2), and may be negative. sigma, per head and
     channel, is learned and starts at 1. The directions w~ are unit normals that never change: drawn from `seed`, other
-    ones for each head, the same in every layer, they are constants and no parameters (the authors' draw among 200 sets
-    at every training step, and keep one for evaluation). `norm_eps` keeps the quotient bounded where few random
-    features estimate a small sum of weights. Initialisation is the authors': Glorot-uniform with gain 1/sqrt(2).
-    `chunk`: tokens per chunk of the scan, None for the operator's own choice.
+    ones for each head, the same in every layer, they are constants and no parameters. `norm_eps` keeps the quotient
+    bounded where few random features estimate a small sum of weights. `chunk`: tokens per chunk of the scan, None for
+    the operator's own choice.
+
+    The gate is the paper's (section 3.3); the authors' code (Noahs-ARK/RFA) is public without it, and differs in this:
+    - all four projections have biases there (that of W_o starts at 0), here only the gate has one; kernels start alike,
+      Glorot-uniform with gain 1/sqrt(2), the gate's LeCun-normal;
+    - lengths: x / (|x| + 1e-3) there, x / sqrt(|x|^2 + 1e-6) here;
+    - features are times 0.1 for any n there, times 1/sqrt(n) as in the paper here;
+    - z^T phi(q) is kept above 1 there (in the form with a mask: its absolute value above 1e-3). With the features of
+      here that is 100 / n, while gated weights sum to 1 at most: so `norm_eps`, which negative sums meet as well;
+    - training draws other directions for every layer and head at every step there, from a pool that may be orthogonal,
+      evaluation the first of the pool for all layers; here they stay;
+    - a temperature divides the directions there (1 by default), here it is part of sigma.
     """
 
     heads: int = 8
