@@ -33,8 +33,8 @@ class Mamba2Config(MixerConfig):
     `groups` groups. The norm's mean runs over each of `norm_groups` parts of the inner width; None is `groups`, as in
     the authors' code. `step_limit`: bounds within which dt is kept. `bias`: of W_in and W_out. At initialisation
     exp(a_log) is uniform in `decay_range`, softplus(dt_bias) log-uniform in `step_range`, skip 1, and matrices uniform
-    in +-1/sqrt(fan-in), the convolution's taps too, W_out also divided by sqrt(depth). `chunk`: tokens per chunk of the
-    scan, None for the operator's own choice.
+    in +-1/sqrt(fan-in), the convolution's taps too, W_out also divided by sqrt(depth). Biases start at 0 (the authors'
+    convolution draws its own like its taps). `chunk`: tokens per chunk of the scan, None for the operator's own choice.
     """
 
     expansion: float = 2.0

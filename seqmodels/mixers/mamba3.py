@@ -35,9 +35,10 @@ class Mamba3Config(MixerConfig):
         y_t = S_t^T q_t + skip x_t;  out = W_out (y * SiLU(z))
 
     heavy_tail(a) = 1 + a for a >= 0, 1 / (1 - a) below. Rot turns pairs of neighbours, the first `rotated_fraction` of
-    `state_size`; angles are shared by heads, B and C by the heads of each of `groups`. With `rank` R > 1 (MIMO) there
-    are R keys and queries; x, z and y have R copies, weighted per head and channel, and outputs are summed over R.
-    `output_norm`: RMSNorm of each head's y before the gate. There is no convolution.
+    `state_size` (the authors' MIMO turns pairs of halves, which is another order of the channels); angles are shared by
+    heads, B and C by the heads of each of `groups`. With `rank` R > 1 (MIMO) there are R keys and queries; x, z and y
+    have R copies, weighted per head and channel, and outputs are summed over R. `output_norm`: RMSNorm of each head's y
+    before the gate. There is no convolution.
 
     At initialisation biases of B and C are 1, softplus(dt_bias) is log-uniform in `step_range`, skip 1, weights of the
     copies 1/R, 1, 1/R, and matrices uniform in +-1/sqrt(fan-in), W_out also divided by sqrt(depth). `chunk`: tokens per
