@@ -45,9 +45,9 @@ test-parity: $(PARITY)  ## Compare with transformers' models on tiny random ones
 	@echo "test-parity: logits, states and gradients beside transformers'"
 	@$(PYTHON) -m pytest -m parity $(PARALLEL) tests/parity
 
-evidence: $(PARITY)  ## Measure the errors against oracles again and write them into the README's table (about 10 minutes)
-	@echo "evidence: tests of oracles and parity, then the README's table"
-	@$(PYTHON) -m pytest -m "not slow" -q tests/oracles tests/models/test_rwkv.py tests/parity --evidence docs/evidence.json
+evidence: $(PARITY)  ## Measure the errors against oracles again and write them into the README's tables (about 10 minutes)
+	@echo "evidence: tests of oracles and parity, then the README's tables"
+	@$(PYTHON) -m pytest -m "not slow" -q tests/oracles tests/layers/test_moe.py tests/parity --evidence docs/evidence.json
 	@$(PYTHON) tools/mixers.py
 
 $(PARITY): $(STAMP)

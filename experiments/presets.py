@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from seqmodels.layers.mlp import MLPConfig
+from seqmodels.layers.moe import MoEConfig
 from seqmodels.layers.norms import NormConfig, NormKind
 from seqmodels.layers.rwkv_channel import RWKVChannelConfig
 from seqmodels.layers.stack import Block
@@ -45,6 +46,7 @@ from seqmodels.mixers import (
     S5Config,
     SLSTMConfig,
 )
+from seqmodels.models import published
 from seqmodels.models.lm import ModelConfig
 from seqmodels.train.config import TrainConfig
 from seqmodels.typing import MixerConfig
@@ -85,6 +87,9 @@ def _recurrent(width: int) -> RGLRUConfig:
 
 
 _LOCAL = AttentionConfig(heads=2, kv_heads=1, window=32)
+_GATED = AttentionConfig(
+    heads=2, kv_heads=1, rope_fraction=0.25, query_key_norm=NormConfig(zero_centred=True), output_gate=True
+)
 _MINUTES = TrainConfig(
     steps=1600, batch_size=8, length=256, learning_rate=6e-3, warmup=30, weight_decay=0.05, log_every=50
 )
@@ -131,8 +136,11 @@ ALONE = {
         "Full causal attention with rotary positions", AttentionConfig(heads=2, kv_heads=1), "0.27", "2.12"
     ),
     "sliding_attention": Alone("Sliding-window attention over 32 keys with rotary positions", _LOCAL, "0.27", "2.07"),
+    "gated_attention": Alone(
+        "Attention with normed queries and keys and an output gate, as in Qwen3-Next", _GATED, "0.30"
+    ),
     "rg_lru": Alone("Griffin's recurrent block (RG-LRU)", _recurrent(96), "0.33", "1.92"),
-    "mamba2": Alone("Mamba-2", Mamba2Config(head_size=32, state_size=32), "0.38", "1.80"),
+    "mamba2": Alone("Mamba-2", Mamba2Config(head_size=32, state_size=32), "0.38"),
     "gla": Alone("Gated linear attention", GLAConfig(heads=2), "0.31", "1.92"),
     "gated_deltanet": Alone("Gated DeltaNet, with eigenvalues in [0, 1]", GatedDeltaNetConfig(heads=3), "0.36", "1.84"),
     "mlstm": Alone("mLSTM, the block of xLSTM-7B", MLSTMConfig(heads=2), "0.30", "1.94"),
@@ -180,21 +188,70 @@ ALONE = {
 }
 
 
-def _preset(name: str, alone: Alone) -> Callable[[], Experiment]:
-    """The preset of one mixer, with its command, size and expectation as its docstring."""
+class Whole(NamedTuple):
+    """A small version of a published model, or of a channel layer within one, trained like the demo."""
 
-    def preset() -> Experiment:
-        return Experiment(_small((alone.mixer,) * 3, 96, **alone.options), _MINUTES, DataConfig())
+    about: str
+    model: ModelConfig
+    parameters: str
+    bits: str | None = None
 
-    expected = "not measured yet" if alone.bits is None else f"{alone.bits} bits per byte held out"
-    preset.__name__ = preset.__qualname__ = name
-    preset.__doc__ = f"""{alone.about}, alone.
 
-    Command: python -m experiments.train {name}
-    Size: {alone.parameters} M parameters, 3.3 M tokens.
-    Expect: {expected}.
-    """
-    return preset
+def _griffin_blocks(repeats: int, *pattern: MixerConfig, **options: Any) -> ModelConfig:
+    return _small(pattern, 96, repeats, **({"channel": MLPConfig(bias=True)} | options))
+
+
+_UNIT, _DELTA = (
+    RGLRUConfig(recurrent_size=128, bias=True),
+    GatedDeltaNetConfig(heads=2, value_heads=4, key_size=24, value_size=24),
+)
+WHOLE = {
+    "hawk": Whole("Hawk: RG-LRU blocks and gated MLPs with biases", _griffin_blocks(3, _UNIT), "0.40"),
+    "recurrent_gemma": Whole(
+        "RecurrentGemma: Griffin's layers with scaled embeddings, zero-centred norms and capped logits",
+        _griffin_blocks(
+            1,
+            dataclasses.replace(_UNIT, recurrent_size=96),
+            dataclasses.replace(_UNIT, recurrent_size=96),
+            dataclasses.replace(_LOCAL, rope_fraction=0.5, output_bias=True),
+            embed_scale=True,
+            logits_cap=30.0,
+            norm=NormConfig(zero_centred=True),
+        ),
+        "0.37",
+    ),
+    "falcon_mamba": Whole(
+        "FalconMamba: Mamba-1 with norms of step sizes, B and C, no MLPs, a head of its own",
+        _small((Mamba1Config(norm_bcdt_eps=1e-6),), 96, 5, channel=None, tied=False, norm=NormConfig(eps=1e-5)),
+        "0.39",
+    ),
+    "xlstm_7_1": Whole(
+        "xLSTM[7:1] of the first publication: eight blocks, an sLSTM in the fourth place",
+        published.xlstm(8, 64, BYTES, slstm_at=(3,), remat=False),
+        "0.28",
+    ),
+    "xlstm_7b": Whole(
+        "xLSTM-7B's block three times: mLSTM and SwiGLU, capped logits",
+        published.xlstm_7b(3, 96, BYTES, heads=2, remat=False),
+        "0.44",
+    ),
+    "qwen3_next": Whole(
+        "Qwen3-Next: gated DeltaNet three times, gated attention once, each with a mixture of eight experts",
+        _small(
+            (_DELTA, _DELTA, _DELTA, _GATED),
+            96,
+            channel=MoEConfig(hidden_size=48, shared_hidden_size=48, balance=0.001),
+            tied=False,
+            norm=NormConfig(zero_centred=True),
+        ),
+        "0.70",
+    ),
+    "moe": Whole(
+        "Mamba-2 with mixtures of eight experts, of which a token goes through two and through one that all share",
+        _small((ALONE["mamba2"].mixer,) * 3, 96, channel=MoEConfig(hidden_size=96, shared_hidden_size=96)),
+        "0.96",
+    ),
+}
 
 
 def psm() -> Experiment:
@@ -210,5 +267,28 @@ def psm() -> Experiment:
     return Experiment(model, _MINUTES, DataConfig())
 
 
-_PRESETS = (demo, griffin, *(_preset(name, alone) for name, alone in ALONE.items()), psm)
+def _preset(name: str, whole: Whole) -> Callable[[], Experiment]:
+    """A preset with its command, size and expectation as its docstring."""
+
+    def preset() -> Experiment:
+        return Experiment(whole.model, _MINUTES, DataConfig())
+
+    expected = "not measured yet" if whole.bits is None else f"{whole.bits} bits per byte held out"
+    preset.__name__ = preset.__qualname__ = name
+    preset.__doc__ = f"""{whole.about}.
+
+    Command: python -m experiments.train {name}
+    Size: {whole.parameters} M parameters, 3.3 M tokens.
+    Expect: {expected}.
+    """
+    return preset
+
+
+def _whole(alone: Alone) -> Whole:
+    model = _small((alone.mixer,) * 3, 96, **alone.options)
+    return Whole(f"{alone.about}, alone", model, alone.parameters, alone.bits)
+
+
+_TABLE = {name: _whole(alone) for name, alone in ALONE.items()} | WHOLE
+_PRESETS = (demo, griffin, *(_preset(name, whole) for name, whole in _TABLE.items()), psm)
 PRESETS: dict[str, Callable[[], Experiment]] = {preset.__name__: preset for preset in _PRESETS}

@@ -24,8 +24,8 @@ RUN_AND_START = frozenset(
 )
 """Fields of configs that say how a model runs or how it is initialised, which a checkpoint does not."""
 SIZES = frozenset(
-    {"expansion", "hidden", "key_size", "value_size", "head_size", "kv_heads", "recurrent_size"}
-    | {"expand_key", "expand_value", "value_heads", "inner_size", "dt_rank", "hidden_size"}
+    {"expansion", "hidden_size", "key_size", "value_size", "head_size", "kv_heads", "recurrent_size"}
+    | {"expand_key", "expand_value", "value_heads", "inner_size", "dt_rank"}
 )
 """Fields that can say the same size in several ways (None, a factor, a number): compared by the arrays' shapes."""
 

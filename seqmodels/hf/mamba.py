@@ -25,7 +25,7 @@ def read(fields: Fields, *, normed: bool) -> ModelConfig:
         conv_width=fields.integer("conv_kernel", 4),
         dt_rank=rank or math.ceil(width / 16),
         conv_bias=fields.flag("use_conv_bias", True),
-        use_bias=fields.flag("use_bias", False),
+        bias=fields.flag("use_bias", False),
         norm_bcdt_eps=fields.number("mixer_rms_eps", 1e-6) if normed else None,
     )
     return ModelConfig(
@@ -52,7 +52,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "state_size": mixer.state_size,
         "conv_kernel": mixer.conv_width,
         "time_step_rank": mixer.dt_rank or math.ceil(config.width / 16),
-        "use_bias": mixer.use_bias,
+        "use_bias": mixer.bias,
         "use_conv_bias": mixer.conv_bias,
         "hidden_act": "silu",
     }
@@ -67,14 +67,14 @@ def block(configs: tuple[LayerConfig, ...], config: ModelConfig) -> tuple[Rule, 
     assert isinstance(mixer, Mamba1Config)
     return (
         *norm("norm", "0.norm"),
-        *linear("mixer.in_proj", "0.layer.input", bias=mixer.use_bias),
+        *linear("mixer.in_proj", "0.layer.input", bias=mixer.bias),
         *convolution("mixer.conv1d", "0.layer.conv", bias=mixer.conv_bias),
         *linear("mixer.x_proj", "0.layer.select"),
         *linear("mixer.dt_proj", "0.layer.step"),
         rule("mixer.dt_proj.bias", "0.layer.dt_bias"),
         rule("mixer.A_log", "0.layer.a_log"),
         rule("mixer.D", "0.layer.skip"),
-        *linear("mixer.out_proj", "0.layer.out", bias=mixer.use_bias),
+        *linear("mixer.out_proj", "0.layer.out", bias=mixer.bias),
     )
 
 

@@ -27,7 +27,7 @@ def read(fields: Fields) -> ModelConfig:
     layers = fields.integer("num_hidden_layers", 48)
     norms = NormConfig(eps=fields.number("rms_norm_eps", 1e-6), zero_centred=True)
     mixers = {LINEAR: _delta(fields), FULL: _attention(fields, norms)}
-    dense = MLPConfig(hidden=fields.integer("intermediate_size", 5632), activation=Activation.SILU)
+    dense = MLPConfig(hidden_size=fields.integer("intermediate_size", 5632), activation=Activation.SILU)
     experts, every = fields.integer("num_experts", 512), _period(fields, "decoder_sparse_step", 1)
     moe = _moe(fields, experts) if experts else dense
     flat = fields.get("mlp_only_layers", None) or []
@@ -99,9 +99,9 @@ def _moe(fields: Fields, experts: int) -> MoEConfig:
     return MoEConfig(
         experts=experts,
         top_k=fields.integer("num_experts_per_tok", 10),
-        hidden=fields.integer("moe_intermediate_size", 512),
+        hidden_size=fields.integer("moe_intermediate_size", 512),
         renormalise=fields.flag("norm_topk_prob", True),
-        shared_hidden=fields.integer("shared_expert_intermediate_size", 512),
+        shared_hidden_size=fields.integer("shared_expert_intermediate_size", 512),
         balance=fields.number("router_aux_loss_coef", 0.001) if balanced else 0.0,
     )
 
@@ -165,15 +165,15 @@ def _written_attention(mixer: AttentionConfig, width: int) -> dict[str, Any]:
 
 
 def _written_moe(moe: MoEConfig, width: int) -> dict[str, Any]:
-    if moe.shared_hidden is None:
-        raise ValueError("its mixtures of experts have a shared expert: set MoEConfig.shared_hidden")
+    if moe.shared_hidden_size is None:
+        raise ValueError("its mixtures of experts have a shared expert: set MoEConfig.shared_hidden_size")
     losses = {"output_router_logits": True, "router_aux_loss_coef": moe.balance}
     return {
         "num_experts": moe.experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": hidden_width(moe, width),
         "norm_topk_prob": moe.renormalise,
-        "shared_expert_intermediate_size": moe.shared_hidden,
+        "shared_expert_intermediate_size": moe.shared_hidden_size,
         **(losses if moe.balance else {"output_router_logits": False}),
     }
 

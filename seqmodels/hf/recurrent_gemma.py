@@ -24,7 +24,7 @@ def read(fields: Fields) -> ModelConfig:
     fields.only("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     fields.only("embeddings_scale_by_sqrt_dim", (True,), True)
     width, heads = fields.integer("hidden_size", 2560), fields.integer("num_attention_heads", 10)
-    mlp = MLPConfig(hidden=fields.integer("intermediate_size", 7680) // 2, activation=Activation.GELU, bias=True)
+    mlp = MLPConfig(hidden_size=fields.integer("intermediate_size", 7680) // 2, activation=Activation.GELU, bias=True)
     mixers = {RECURRENT: _recurrent(fields, width, heads), ATTENTION: _attention(fields, width, heads)}
     cycle = fields.get("block_types", [RECURRENT, RECURRENT, ATTENTION])
     if not isinstance(cycle, list | tuple) or not cycle or not set(cycle) <= set(mixers):

@@ -62,11 +62,8 @@ def block(configs: tuple[LayerConfig, ...], config: ModelConfig) -> tuple[Rule, 
         rule("attention.time_decay", "0.layer.time_decay"),
         rule("attention.time_first", "0.layer.time_first"),
         *(rule(f"{part}.time_mix_{name}", f"{step}.layer.time_mix_{name}", row) for part, step, name in mixes),
-        *(
-            one
-            for name in ("key", "value", "receptance", "output")
-            for one in linear(f"attention.{name}", f"0.layer.{name}")
-        ),
+        *(one for name in ("key", "value", "receptance") for one in linear(f"attention.{name}", f"0.layer.{name}")),
+        *linear("attention.output", "0.layer.out"),
         *norm("ln2", "1.norm", bias=True),
         *(one for name in ("key", "value", "receptance") for one in linear(f"feed_forward.{name}", f"1.layer.{name}")),
     )

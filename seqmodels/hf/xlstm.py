@@ -45,7 +45,7 @@ def read(fields: Fields) -> ModelConfig:
     return ModelConfig(
         vocab_size=fields.integer("vocab_size", 50304),
         width=width,
-        layers=(((Block(mixer, MLPConfig(hidden=hidden, activation=Activation.SILU)),), layers),),
+        layers=(((Block(mixer, MLPConfig(hidden_size=hidden, activation=Activation.SILU)),), layers),),
         tied=False,  # transformers does not tie this model's head, whatever tie_word_embeddings says
         logits_cap=fields.number("output_logit_soft_cap", 30.0),
         norm=NormConfig(eps=eps),

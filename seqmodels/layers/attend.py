@@ -88,6 +88,9 @@ def attend_over_devices(
         keys = jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, onwards), keys)
         return (keys, merge_softmax(seen, _in_blocks(queries, (keys,), scoring, block))), None
 
+    # What a ring hands on varies over it, also where these keys do not: without padding, `filled` is a constant.
+    ring = compat.varying_axes(jax.lax.axis_index(axis_name))
+    keys = jax.tree.map(lambda x: compat.vary_over(x, ring), keys)
     seen = _in_blocks(queries, (keys,) if cached is None else (cached, keys), scoring, block)
     (_, seen), _ = jax.lax.scan(jax.checkpoint(hop, prevent_cse=False), (keys, seen), length=hops)
     return softmax_mean(seen).astype(queries.query.dtype)

@@ -18,6 +18,11 @@ def scaled(variance: float) -> Initializer:
     return jax.nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
 
 
+def uniform(share: float = 1.0) -> Initializer:
+    """Uniform in +-sqrt(share / fan-in), a variance of share / 3: with 1, what torch's linear maps start with."""
+    return jax.nn.initializers.variance_scaling(share / 3, "fan_in", "uniform")
+
+
 def along_last(vector: Float[Array, "D"], like: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """A vector with the leading axes that it needs to meet `like`, in the type of `like`."""
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))

@@ -34,15 +34,15 @@ def activate(kind: Activation, x: Array) -> Array:
 
 
 def hidden_width(config: Any, width: int) -> int:
-    """`config.hidden`, or `config.expansion` times the model's width, rounded up to a multiple of 8."""
-    return config.hidden or 8 * math.ceil(round(config.expansion * width, 6) / 8)
+    """`config.hidden_size`, or `config.expansion` times the model's width, rounded up to a multiple of 8."""
+    return config.hidden_size or 8 * math.ceil(round(config.expansion * width, 6) / 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig(ChannelConfig):
     """A (gated) MLP: down(act(gate x) * up x), or down(act(up x)) without the gate (arXiv 2002.05202).
 
-    The hidden width is `expansion` times the model's, rounded up to a multiple of 8, or just `hidden`. The last
+    The hidden width is `expansion` times the model's, rounded up to a multiple of 8, or just `hidden_size`. The last
     projection starts with variance 2 / depth over its fan-in (Griffin, arXiv 2402.19427).
     """
 
@@ -50,13 +50,15 @@ class MLPConfig(ChannelConfig):
     activation: Activation = Activation.GELU
     gated: bool = True
     bias: bool = False
-    hidden: int | None = None
+    hidden_size: int | None = None
 
     def __post_init__(self):
         if self.expansion <= 0:
             raise ValueError(f"expansion must be positive, not {self.expansion}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden must be at least 1, or None for expansion times the width, not {self.hidden}")
+        if self.hidden_size is not None and self.hidden_size < 1:
+            raise ValueError(
+                f"hidden_size must be at least 1, or None for expansion times the width, not {self.hidden_size}"
+            )
         if self.activation not in list(Activation):
             raise ValueError(f"unknown activation {self.activation!r}; choose one of {[str(a) for a in Activation]}")
 

@@ -26,8 +26,8 @@ class MoEConfig(ChannelConfig):
         E_i(x) = W_down (act(W_gate x) * W_up x), without W_gate where `gated` is False
 
     g = p over its sum among the chosen ones (`renormalise`; equal to Mixtral's softmax over their logits, 2401.04088),
-    or p itself. One expert is `hidden` wide, by default `expansion` times the model, rounded up to a multiple of 8.
-    `shared_hidden`: the width of an expert that every token goes through besides, times s = sigmoid(w_s x) with
+    or p itself. One expert is `hidden_size` wide, by default `expansion` times the model, rounded up to a multiple of
+    8. `shared_hidden_size`: the width of an expert that every token goes through besides, times s = sigmoid(w_s x) with
     `shared_gate` (Qwen3-Next), s = 1 without.
 
     `balance` a reports a E sum_i f_i P_i (2101.03961, eq. 4) as `aux["balance"]`: f_i is the part of tokens that chose
@@ -39,11 +39,11 @@ class MoEConfig(ChannelConfig):
     experts: int = 8
     top_k: int = 2
     expansion: float = 3.0
-    hidden: int | None = None
+    hidden_size: int | None = None
     activation: Activation = Activation.SILU
     gated: bool = True
     renormalise: bool = True
-    shared_hidden: int | None = None
+    shared_hidden_size: int | None = None
     shared_gate: bool = True
     balance: float = 0.01
     router_z: float = 0.0
@@ -53,7 +53,7 @@ class MoEConfig(ChannelConfig):
             raise ValueError(f"each token chooses top_k={self.top_k} of experts={self.experts}: choose 1 up to all")
         if self.expansion <= 0:
             raise ValueError(f"expansion must be positive, not {self.expansion}")
-        for field in ("hidden", "shared_hidden"):
+        for field in ("hidden_size", "shared_hidden_size"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, or None, not {value}")
         for field in ("balance", "router_z"):
@@ -88,8 +88,8 @@ class MoE(nnx.Module):
         self.up = kernel(width, hidden, ("embed", "mlp"), 1.0)
         self.gate = kernel(width, hidden, ("embed", "mlp"), 1.0) if config.gated else None
         self.down = kernel(hidden, width, ("mlp", "embed"), 2.0 / depth)
-        shared = MLPConfig(hidden=config.shared_hidden, activation=config.activation, gated=config.gated)
-        has_shared = config.shared_hidden is not None
+        shared = MLPConfig(hidden_size=config.shared_hidden_size, activation=config.activation, gated=config.gated)
+        has_shared = config.shared_hidden_size is not None
         self.shared = MLP(shared, width, depth=depth, rngs=rngs) if has_shared else None
         gated = has_shared and config.shared_gate
         self.shared_gate = Linear(width, 1, rngs=rngs, axes=("embed", None)) if gated else None

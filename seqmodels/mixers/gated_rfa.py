@@ -29,19 +29,29 @@ class GatedRFAConfig(MixerConfig):
         phi(x) = [sin(w_1 x) .. sin(w_n x), cos(w_1 x) .. cos(w_n x)] / sqrt(n)
         S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T                    [2 n, value size]
         z_t = g_t z_{t-1} + (1 - g_t) phi(k_t)
-        o_t = S_t^T phi(q_t) / max(z_t^T phi(q_t), eps);  out = W_o o
+        o_t = S_t^T phi(q_t) / max(z_t^T phi(q_t), norm_eps);  out = W_o o
 
     with n = `features`: phi(q) phi(k) estimates exp(-|sigma * (q - k)|^2 / 2), and may be negative. sigma, per head and
     channel, is learned and starts at 1. The directions w~ are unit normals that never change: drawn from `seed`, other
-    ones for each head, the same in every layer, they are constants and no parameters (the authors' draw among 200 sets
-    at every training step, and keep one for evaluation). `eps` keeps the quotient bounded where few random features
-    estimate a small sum of weights. Initialisation is the authors': Glorot-uniform with gain 1/sqrt(2).
-    `chunk`: tokens per chunk of the scan, None for the operator's own choice.
+    ones for each head, the same in every layer, they are constants and no parameters. `norm_eps` keeps the quotient
+    bounded where few random features estimate a small sum of weights. `chunk`: tokens per chunk of the scan, None for
+    the operator's own choice.
+
+    The gate is the paper's (section 3.3); the authors' code (Noahs-ARK/RFA) is public without it, and differs in this:
+    - all four projections have biases there (that of W_o starts at 0), here only the gate has one; kernels start alike,
+      Glorot-uniform with gain 1/sqrt(2), the gate's LeCun-normal;
+    - lengths: x / (|x| + 1e-3) there, x / sqrt(|x|^2 + 1e-6) here;
+    - features are times 0.1 for any n there, times 1/sqrt(n) as in the paper here;
+    - z^T phi(q) is kept above 1 there (in the form with a mask: its absolute value above 1e-3). With the features of
+      here that is 100 / n, while gated weights sum to 1 at most: so `norm_eps`, which negative sums meet as well;
+    - training draws other directions for every layer and head at every step there, from a pool that may be orthogonal,
+      evaluation the first of the pool for all layers; here they stay;
+    - a temperature divides the directions there (1 by default), here it is part of sigma.
     """
 
     heads: int = 8
     features: int = 64
-    eps: float = 1e-2
+    norm_eps: float = 1e-2
     seed: int = 0
     method: str = "auto"
     chunk: int | None = None
@@ -51,8 +61,8 @@ class GatedRFAConfig(MixerConfig):
         for field in ("heads", "features"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if self.eps <= 0:
-            raise ValueError(f"eps must be positive, not {self.eps}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, not {self.seed}")
 
@@ -126,5 +136,5 @@ class GatedRFA(nnx.Module):
             chunk=config.chunk,
             sequence_axis=context.sequence_axis,
         )
-        y = (total / jnp.maximum(weight, config.eps)).reshape(*x.shape[:2], -1)
+        y = (total / jnp.maximum(weight, config.norm_eps)).reshape(*x.shape[:2], -1)
         return jnp.where(segments.valid[..., None], self.out(y), 0), GatedRFAState(*after)

@@ -38,7 +38,7 @@ class LinearAttentionConfig(MixerConfig):
     """q, k, v = W_q x, W_k x, W_v x;  per head
 
         S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t)       [key size, value size], [key size]
-        o_t = S_t^T phi(q_t) / (z_t^T phi(q_t) + eps)
+        o_t = S_t^T phi(q_t) / (z_t^T phi(q_t) + norm_eps)
         out = W_o o
 
     `normaliser=False` leaves z out and brings o_t = S_t^T phi(q_t) to a common size by an RMSNorm per head with one
@@ -52,7 +52,7 @@ class LinearAttentionConfig(MixerConfig):
     expand_value: float = 1.0
     features: FeatureMap = FeatureMap.ELU
     normaliser: bool = True
-    eps: float = 1e-6
+    norm_eps: float = 1e-6
     method: str = "auto"
     chunk: int | None = None
 
@@ -60,7 +60,7 @@ class LinearAttentionConfig(MixerConfig):
         check_method(self.method, self.chunk)
         if self.heads < 1:
             raise ValueError(f"heads must be at least 1, not {self.heads}")
-        for field in ("expand_key", "expand_value", "eps"):
+        for field in ("expand_key", "expand_value", "norm_eps"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
         if self.features not in list(FeatureMap):
@@ -93,7 +93,7 @@ class LinearAttention(nnx.Module):
         self.query = inner(keys)
         self.key = inner(keys)
         self.value = inner(values)
-        self.norm = None if config.normaliser else RMSNorm(self.value_size, rngs=rngs, eps=config.eps, axis=None)
+        self.norm = None if config.normaliser else RMSNorm(self.value_size, rngs=rngs, eps=config.norm_eps, axis=None)
         self.out = Linear(values, width, rngs=rngs, axes=("heads", "embed"), init=scaled(1.0 / depth))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> LinearAttentionState:
@@ -123,7 +123,7 @@ class LinearAttention(nnx.Module):
         if self.norm is None:
             carried: Any = state
             total, weight, after = normalised_linear_attention(query, key, value, None, carried, **options)
-            y, state = total / (weight + config.eps), LinearAttentionState(*after)
+            y, state = total / (weight + config.norm_eps), LinearAttentionState(*after)
         else:
             y, memory = gated_linear_attention(query, key, value, None, state.memory, **options)
             y, state = self.norm(y), LinearAttentionState(memory, None)

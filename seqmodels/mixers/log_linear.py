@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from seqmodels.layers.carry import token_positions
-from seqmodels.layers.linear import Linear, along_last, scaled
+from seqmodels.layers.linear import Linear, along_last, uniform
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.rates import check_ranges, log_uniform_rates, step_biases
 from seqmodels.layers.short_conv import ShortConv
@@ -36,7 +36,8 @@ class LogLinearMamba2Config(MixerConfig):
     explains the other fields); C has no factor 1 / sqrt(state size) here either.
 
     `levels` serve documents of up to 2^(levels - 1) tokens (15: 16384, as published), wherever these start in a row;
-    tokens beyond have NaN outputs, and a state made for more `capacity` is refused. At initialisation `level` is 1.
+    tokens beyond have NaN outputs, and a state made for more `capacity` is refused. At initialisation `level` is 1, the
+    rest as Mamba-2's.
     """
 
     expansion: float = 2.0
@@ -90,9 +91,8 @@ class LogLinearMamba2(nnx.Module):
         mixed = inner + 2 * config.groups * config.state_size
         self.cuts = (inner, inner + mixed, inner + mixed + heads)  # z; x, B, C; dt; dl
         size = self.cuts[-1] + heads * config.levels
-        self.input = Linear(width, size, rngs=rngs, axes=("embed", "recurrent"))
-        # Variance 1/3 over the width is that of the published code, uniform in +-1/sqrt(width).
-        self.conv = ShortConv(mixed, config.conv_width, rngs=rngs, variance=1 / 3)
+        self.input = Linear(width, size, rngs=rngs, axes=("embed", "recurrent"), init=uniform())
+        self.conv = ShortConv(mixed, config.conv_width, rngs=rngs, init=uniform())
 
         dynamics = functools.partial(param, rngs, group=Group.DYNAMICS)
         self.a_log = dynamics((heads,), log_uniform_rates(*config.decay_range), axes=("heads",))
@@ -101,7 +101,7 @@ class LogLinearMamba2(nnx.Module):
         self.skip = dynamics((heads,), ones, axes=("heads",))
         self.level = dynamics((heads, config.levels), ones, axes=("heads", None))
         self.norm = RMSNorm(inner, rngs=rngs, eps=config.norm_eps, groups=config.groups, axis="recurrent")
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=scaled(1.0 / depth))
+        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=uniform(1 / depth))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> LogLinearState:
         """Zeros, for documents of 2^(levels - 1) tokens; of more where `capacity` asks for it, which no call accepts.

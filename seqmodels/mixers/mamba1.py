@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqmodels.layers.linear import Linear, along_last
+from seqmodels.layers.linear import Linear, along_last, uniform
 from seqmodels.layers.rates import check_ranges, step_biases
 from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.family import check_method
@@ -31,10 +31,11 @@ class Mamba1Config(MixerConfig):
     with B dt for the drive, as the authors' code has it, not the zero-order hold of the paper's equation 4. The inner
     width is `inner_size`, or `expansion` times the model's; r has `dt_rank` numbers, None: width / 16, rounded up.
     `norm_bcdt_eps`: r, B and C are divided by sqrt(mean of squares + eps) first (FalconMamba, 2410.05355).
-    `conv_bias`, `use_bias`: of the convolution, and of W_in and W_out.
+    `conv_bias`, `bias`: of the convolution, and of W_in and W_out.
 
     At initialisation exp(a_log) is 1, 2, ..., state_size (S4D-real), softplus(dt_bias) log-uniform in `step_range`,
-    skip 1, and matrices uniform in +-1/sqrt(fan-in), W_out also divided by sqrt(depth). `chunk`: steps whose states the
+    skip 1, and matrices uniform in +-1/sqrt(fan-in), W_out also divided by sqrt(depth). Biases of the matrices and of
+    the convolution start at 0 (the authors' convolution draws its own like its taps). `chunk`: steps whose states the
     backward pass makes again at once, None for the operator's own choice. No array [T, D, N] is ever made: beside its
     inputs and outputs a training step holds 4 B D N (T / chunk + chunk) bytes, times up to 1.5 as compiled.
     """
@@ -45,7 +46,7 @@ class Mamba1Config(MixerConfig):
     conv_width: int = 4
     dt_rank: int | None = None
     conv_bias: bool = True
-    use_bias: bool = False
+    bias: bool = False
     norm_bcdt_eps: float | None = None
     step_range: tuple[float, float] = (1e-3, 1e-1)
     method: str = "auto"
@@ -87,13 +88,12 @@ class Mamba1(nnx.Module):
         rank = config.dt_rank or math.ceil(width / 16)
         self.config = config
         self.inner, self.rank = inner, rank
-        uniform = lambda variance: jax.nn.initializers.variance_scaling(variance, "fan_in", "uniform")
-        init, bias = uniform(1 / 3), config.use_bias
+        init, bias = uniform(), config.bias
         self.input = Linear(width, 2 * inner, rngs=rngs, axes=("embed", "recurrent"), bias=bias, init=init)
         self.conv = ShortConv(inner, config.conv_width, rngs=rngs, bias=config.conv_bias, init=init)
         self.select = Linear(inner, rank + 2 * config.state_size, rngs=rngs, axes=("recurrent", None), init=init)
         self.step = Linear(rank, inner, rngs=rngs, axes=(None, "recurrent"), init=init)
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), bias=bias, init=uniform(1 / 3 / depth))
+        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), bias=bias, init=uniform(1 / depth))
 
         channels, dynamics = ("recurrent",), Group.DYNAMICS
         self.a_log = param(rngs, (inner, config.state_size), _counting, group=dynamics, axes=("recurrent", None))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqmodels.layers.linear import Linear, along_last, scaled
+from seqmodels.layers.linear import Linear, along_last, uniform
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.rates import check_ranges, log_uniform_rates, step_biases
 from seqmodels.layers.short_conv import ShortConv
@@ -32,8 +32,9 @@ class Mamba2Config(MixerConfig):
     Inner width `expansion` times the model's, in heads of `head_size`; B and C are shared by the heads of each of
     `groups` groups. The norm's mean runs over each of `norm_groups` parts of the inner width; None is `groups`, as in
     the authors' code. `step_limit`: bounds within which dt is kept. `bias`: of W_in and W_out. At initialisation
-    exp(a_log) is uniform in `decay_range`, softplus(dt_bias) log-uniform in `step_range`, skip 1; the output projection
-    has its variance divided by depth. `chunk`: tokens per chunk of the scan, None for the operator's own choice.
+    exp(a_log) is uniform in `decay_range`, softplus(dt_bias) log-uniform in `step_range`, skip 1, and matrices uniform
+    in +-1/sqrt(fan-in), the convolution's taps too, W_out also divided by sqrt(depth). Biases start at 0 (the authors'
+    convolution draws its own like its taps). `chunk`: tokens per chunk of the scan, None for the operator's own choice.
     """
 
     expansion: float = 2.0
@@ -88,9 +89,9 @@ class Mamba2(nnx.Module):
         self.inner, self.heads = inner, heads
         shared = config.groups * config.state_size
         self.sizes = (inner, inner + 2 * shared, heads)  # z; x, B, C; dt
-        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"), bias=config.bias)
-        # Variance 1/3 over the width is that of the published code, uniform in +-1/sqrt(width).
-        self.conv = ShortConv(self.sizes[1], config.conv_width, rngs=rngs, variance=1 / 3, bias=config.conv_bias)
+        linear = functools.partial(Linear, rngs=rngs, bias=config.bias)
+        self.input = linear(width, sum(self.sizes), axes=("embed", "recurrent"), init=uniform())
+        self.conv = ShortConv(self.sizes[1], config.conv_width, rngs=rngs, bias=config.conv_bias, init=uniform())
 
         per_head = functools.partial(param, rngs, (heads,), group=Group.DYNAMICS, axes=("heads",))
         self.a_log = per_head(log_uniform_rates(*config.decay_range))
@@ -98,8 +99,7 @@ class Mamba2(nnx.Module):
         self.skip = per_head(jax.nn.initializers.ones)
         norm_groups = config.groups if config.norm_groups is None else config.norm_groups
         self.norm = RMSNorm(inner, rngs=rngs, eps=config.norm_eps, groups=norm_groups, axis="recurrent")
-        init = scaled(1.0 / depth)
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=init, bias=config.bias)
+        self.out = linear(inner, width, axes=("recurrent", "embed"), init=uniform(1 / depth))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> Mamba2State:
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""

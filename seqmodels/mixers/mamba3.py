@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from seqmodels.layers.linear import Linear, along_last
+from seqmodels.layers.linear import Linear, along_last, uniform
 from seqmodels.layers.norms import RMSNorm
 from seqmodels.layers.positions import rotated_size
 from seqmodels.layers.rates import check_ranges, step_biases
@@ -35,9 +35,10 @@ class Mamba3Config(MixerConfig):
         y_t = S_t^T q_t + skip x_t;  out = W_out (y * SiLU(z))
 
     heavy_tail(a) = 1 + a for a >= 0, 1 / (1 - a) below. Rot turns pairs of neighbours, the first `rotated_fraction` of
-    `state_size`; angles are shared by heads, B and C by the heads of each of `groups`. With `rank` R > 1 (MIMO) there
-    are R keys and queries; x, z and y have R copies, weighted per head and channel, and outputs are summed over R.
-    `output_norm`: RMSNorm of each head's y before the gate. There is no convolution.
+    `state_size` (the authors' MIMO turns pairs of halves, which is another order of the channels); angles are shared by
+    heads, B and C by the heads of each of `groups`. With `rank` R > 1 (MIMO) there are R keys and queries; x, z and y
+    have R copies, weighted per head and channel, and outputs are summed over R. `output_norm`: RMSNorm of each head's y
+    before the gate. There is no convolution.
 
     At initialisation biases of B and C are 1, softplus(dt_bias) is log-uniform in `step_range`, skip 1, weights of the
     copies 1/R, 1, 1/R, and matrices uniform in +-1/sqrt(fan-in), W_out also divided by sqrt(depth). `chunk`: tokens per
@@ -96,9 +97,8 @@ class Mamba3(nnx.Module):
         self.angles = rotated_size(config.state_size, config.rotated_fraction) // 2
         shared = rank * config.groups * config.state_size
         self.sizes = (inner, inner, shared, shared, heads, heads, heads, self.angles)
-        uniform = lambda variance: jax.nn.initializers.variance_scaling(variance, "fan_in", "uniform")
-        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"), init=uniform(1 / 3))
-        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=uniform(1 / 3 / depth))
+        self.input = Linear(width, sum(self.sizes), rngs=rngs, axes=("embed", "recurrent"), init=uniform())
+        self.out = Linear(inner, width, rngs=rngs, axes=("recurrent", "embed"), init=uniform(1 / depth))
         self.norm_b = RMSNorm(config.state_size, rngs=rngs, eps=1e-5, axis=None)
         self.norm_c = RMSNorm(config.state_size, rngs=rngs, eps=1e-5, axis=None)
         self.norm = RMSNorm(inner, rngs=rngs, eps=1e-5, groups=heads, axis="recurrent") if config.output_norm else None

@@ -77,7 +77,7 @@ class RWKV4(nnx.Module):
         zeros, orthogonal = jax.nn.initializers.zeros, jax.nn.initializers.orthogonal(max(1.0, size / width) ** 0.5)
         inner = functools.partial(Linear, width, size, rngs=rngs, axes=("embed", "recurrent"))
         self.key, self.value, self.receptance = inner(init=zeros), inner(init=orthogonal), inner(init=zeros)
-        self.output = Linear(size, width, rngs=rngs, axes=("recurrent", "embed"), init=zeros)
+        self.out = Linear(size, width, rngs=rngs, axes=("recurrent", "embed"), init=zeros)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> RWKV4State:
         """No token; `capacity` does not matter, the state is as large after any number of tokens."""
@@ -103,4 +103,4 @@ class RWKV4(nnx.Module):
             chunk=config.chunk,
             sequence_axis=context.sequence_axis,
         )
-        return jnp.where(segments.valid[..., None], self.output(receptance * average), 0), RWKV4State(last, after)
+        return jnp.where(segments.valid[..., None], self.out(receptance * average), 0), RWKV4State(last, after)

@@ -116,7 +116,7 @@ class RWKV6(nnx.Module):
         self.key, self.value = inner(init=orthogonal(0.1)), inner(init=orthogonal())
         self.receptance, self.gate = inner(init=orthogonal()), inner(init=orthogonal(0.1))
         self.norm = head_norm(width, self.heads, layer=layer, depth=depth, eps=config.norm_eps, rngs=rngs)
-        self.output = Linear(width, width, rngs=rngs, axes=("heads", "embed"), init=zeros)
+        self.out = Linear(width, width, rngs=rngs, axes=("heads", "embed"), init=zeros)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> RWKV6State:
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""
@@ -146,7 +146,7 @@ class RWKV6(nnx.Module):
             sequence_axis=context.sequence_axis,
         )
         y = self.norm(y.astype(memory.dtype).reshape(x.shape)) * jax.nn.silu(self.gate(for_gate))
-        return jnp.where(segments.valid[..., None], self.output(y.astype(x.dtype)), 0), RWKV6State(last, memory)
+        return jnp.where(segments.valid[..., None], self.out(y.astype(x.dtype)), 0), RWKV6State(last, memory)
 
     def _mixed(self, x: Float[Array, "B T D"], previous: Float[Array, "B T D"]) -> tuple[Array, ...]:
         """x_* for each of `MIXED`."""

@@ -123,7 +123,7 @@ class RWKV7(nnx.Module):
         self.key = inner(init=uniform(0.1 * bound))
         self.norm = head_norm(width, self.heads, layer=layer, depth=depth, eps=config.norm_eps, rngs=rngs)
         zeros = jax.nn.initializers.zeros
-        self.output = Linear(width, width, rngs=rngs, axes=("heads", "embed"), init=zeros)
+        self.out = Linear(width, width, rngs=rngs, axes=("heads", "embed"), init=zeros)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> RWKV7State:
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""
@@ -174,7 +174,7 @@ class RWKV7(nnx.Module):
         )
         now = jnp.sum(receptance * key * per_head(self.bonus, key), axis=-1, keepdims=True) * value
         y = self.norm(y.astype(log_decay.dtype).reshape(x.shape)) + now.reshape(x.shape)
-        y = self.output((y * self.gate(mixed("gate"))).astype(x.dtype))
+        y = self.out((y * self.gate(mixed("gate"))).astype(x.dtype))
         return jnp.where(segments.valid[..., None], y, 0), RWKV7State(last, memory)
 
     def _shift(self, x: Array, state: RWKV7State | None, context: Context) -> tuple[Array, Array]:

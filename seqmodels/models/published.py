@@ -83,7 +83,7 @@ def xlstm(
     places = set(slstm_at)
     if not places <= set(range(blocks)):
         raise ValueError(f"slstm_at={sorted(places)} names a place beyond the {blocks} blocks, which count from 0")
-    mlp = MLPConfig(hidden=64 * math.ceil(1.3 * width / 64))
+    mlp = MLPConfig(hidden_size=64 * math.ceil(1.3 * width / 64))
     scalar, matrix = Block(SLSTMConfig(heads=heads), mlp), MLSTMConfig.original(heads=heads)
     norm = NormConfig(NormKind.LAYER, eps=1e-5, bias=False)
     layers = runs([scalar if place in places else matrix for place in range(blocks)])
@@ -91,10 +91,12 @@ def xlstm(
     return ModelConfig(vocab_size, width, layers, **(published | changes))
 
 
-def xlstm_7b(blocks: int = 32, width: int = 4096, vocab_size: int = 50_304, **changes: Any) -> ModelConfig:
+def xlstm_7b(
+    blocks: int = 32, width: int = 4096, vocab_size: int = 50_304, *, heads: int = 8, **changes: Any
+) -> ModelConfig:
     """xLSTM-7B (arXiv 2503.13427): mLSTM without convolution, each followed by a SwiGLU; smaller with other sizes."""
-    mlp = MLPConfig(activation=Activation.SILU, hidden=64 * math.ceil(2.667 * width / 64))
-    layers = (((Block(MLSTMConfig(heads=8), mlp),), blocks),)
+    mlp = MLPConfig(activation=Activation.SILU, hidden_size=64 * math.ceil(2.667 * width / 64))
+    layers = (((Block(MLSTMConfig(heads=heads), mlp),), blocks),)
     return ModelConfig(vocab_size, width, layers, **({"tied": False, "logits_cap": 30.0} | changes))
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from experiments.presets import PRESETS
 from seqmodels import ModelConfig
-from seqmodels.hf import save_pretrained
+from seqmodels.hf import ARCHITECTURES, save_pretrained
 from seqmodels.layers import NormConfig
 from seqmodels.layers.stack import configs_of
 from seqmodels.mixers import Mamba2Config, examples
@@ -93,6 +93,23 @@ def test_the_preset_of_a_mixer_trains_that_mixer() -> None:
     for system in mixers.SYSTEMS:
         kinds = {type(config) for config in configs_of(PRESETS[system.preset]().model.layers)}
         assert type(system.config) in kinds
+
+
+def test_the_readme_has_a_row_for_every_model() -> None:
+    rows = list(mixers.model_rows())
+    assert table_after(README, mixers.MODELS_HEADING) == rows
+    published = {name for model in mixers.MODELS for name in model.published.split()}
+    listed = {name for system in mixers.SYSTEMS for name in system.published.split()}
+    assert published | listed == set(ARCHITECTURES)
+    assert all(row[3] and row[5] for row in rows), "a model without evidence or a preset"
+
+
+def test_the_preset_of_a_model_trains_its_layers() -> None:
+    for model in mixers.MODELS:
+        for name in model.presets.split():
+            config = PRESETS[name]().model
+            kinds = {type(layer) for layer in (*configs_of(config.layers), config.channel)}
+            assert {type(layer) for layer in configs_of(model.layers)} <= kinds
 
 
 def test_the_readme_names_every_preset() -> None:

@@ -110,7 +110,7 @@ def test_peers_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_work_of_a_peer_is_that_of_the_parameters_a_token_meets() -> None:
-    experts = MoEConfig(experts=4, top_k=2, hidden=8)
+    experts = MoEConfig(experts=4, top_k=2, hidden_size=8)
     model = ModelConfig(11, 16, ((((GLAConfig(heads=2)), experts), 3),), tied=False).make(rngs=nnx.Rngs(0))
     sizes = {path: array.size for path, array in traverse_util.flatten_dict(params.split(model)[1], sep=".").items()}
     all_but = sum(size for path, size in sizes.items() if path.endswith("kernel") and "steps.1" not in path)

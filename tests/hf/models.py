@@ -23,9 +23,9 @@ _recurrent, _local = (
     RGLRUConfig(recurrent_size=56, blocks=4, bias=True),
     AttentionConfig(heads=4, kv_heads=2, window=5, rope_fraction=0.5, output_bias=True),
 )
-_mlp = MLPConfig(hidden=20, activation=Activation.GELU, bias=True)
+_mlp = MLPConfig(hidden_size=20, activation=Activation.GELU, bias=True)
 MODELS: dict[str, ModelConfig] = {
-    "mamba": ModelConfig(11, 32, (((Mamba1Config(inner_size=40, state_size=6, use_bias=True),), 2),)),
+    "mamba": ModelConfig(11, 32, (((Mamba1Config(inner_size=40, state_size=6, bias=True),), 2),)),
     "falcon_mamba": ModelConfig(11, 32, (((Mamba1Config(state_size=6, norm_bcdt_eps=1e-6),), 2),), tied=False),
     "mamba2": MAMBA2,
     "recurrent_gemma": ModelConfig(
@@ -39,7 +39,7 @@ MODELS: dict[str, ModelConfig] = {
     "xlstm": ModelConfig(
         11,
         40,
-        (((Block(MLSTMConfig(heads=2, key_size=12), MLPConfig(hidden=56, activation=Activation.SILU)),), 2),),
+        (((Block(MLSTMConfig(heads=2, key_size=12), MLPConfig(hidden_size=56, activation=Activation.SILU)),), 2),),
         tied=False,
         logits_cap=20.0,
     ),

@@ -106,7 +106,7 @@ def test_mlp(activation: str, gated: bool) -> None:
     chex.assert_trees_all_close(y, hidden @ down, rtol=ROUNDING, atol=ROUNDING)
     assert state == mlp.init_state(2) == ()
     assert aux == {}
-    exact = MLPConfig(expansion=1.9, hidden=15).make(8, layer=0, depth=1, rngs=nnx.Rngs(0))
+    exact = MLPConfig(expansion=1.9, hidden_size=15).make(8, layer=0, depth=1, rngs=nnx.Rngs(0))
     assert exact.up.kernel[...].shape == (8, 15)
 
 

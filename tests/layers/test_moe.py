@@ -15,7 +15,9 @@ from seqmodels import ModelConfig, params
 from seqmodels.layers import Activation, MoEConfig
 from seqmodels.layers.moe import _blocks
 from seqmodels.typing import Context
+from tests import evidence
 from tests.oracles.differences import check_gradient
+from tests.oracles.moe import mixture_of_experts
 from tests.train.test_mesh import assert_mesh_equals_one_device
 
 WIDTH, BATCH, LENGTH = 6, 2, 7
@@ -25,48 +27,6 @@ EXACT = 1e-12
 ROUNDING = 1e-5
 
 exact = pytest.mark.usefixtures("x64", "quick_compilation")
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1.0 / (1.0 + np.exp(-x))
-
-
-ACTIVATIONS = {
-    Activation.SILU: lambda x: x * sigmoid(x),
-    Activation.RELU_SQUARED: lambda x: np.maximum(x, 0.0) ** 2,
-    Activation.GELU: lambda x: 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))),
-}
-
-
-def oracle(x: np.ndarray, p: dict[str, Any], valid: np.ndarray, config: MoEConfig) -> tuple[np.ndarray, dict[str, Any]]:
-    """`(y, losses)`, one token and one expert at a time in float64."""
-    act = ACTIVATIONS[config.activation]
-
-    def mlp(token: np.ndarray, up: Any, gate: Any, down: Any) -> np.ndarray:
-        hidden = act(token @ up) if gate is None else act(token @ gate) * (token @ up)
-        return hidden @ down
-
-    y = np.zeros_like(x)
-    counts, mass, squares = np.zeros(config.experts), np.zeros(config.experts), 0.0
-    for row, t in np.argwhere(valid):
-        token = x[row, t]
-        scores = token @ p["router"]["kernel"]
-        probability = np.exp(scores) / np.exp(scores).sum()
-        best = np.argsort(-probability)[: config.top_k]
-        total = probability[best].sum() if config.renormalise else 1.0
-        for e in best:
-            gate = p["gate"][e] if "gate" in p else None
-            y[row, t] += probability[e] / total * mlp(token, p["up"][e], gate, p["down"][e])
-        if "shared" in p:
-            gate = p["shared"]["gate"]["kernel"] if "gate" in p["shared"] else None
-            out = mlp(token, p["shared"]["up"]["kernel"], gate, p["shared"]["down"]["kernel"])
-            y[row, t] += out * (sigmoid(token @ p["shared_gate"]["kernel"]) if "shared_gate" in p else 1.0)
-        counts[best] += 1
-        mass += probability
-        squares += np.log(np.exp(scores).sum()) ** 2
-    n = valid.sum()
-    balance = config.balance * config.experts * np.sum(counts / n * mass / n)
-    return y, {"balance": balance, "router_z": config.router_z * squares / n}
 
 
 def made(config: MoEConfig, dtype: Any = np.float64) -> tuple[params.Definition, dict[str, Any]]:
@@ -86,13 +46,13 @@ def padded(batch: int = BATCH, length: int = LENGTH) -> tuple[Context, np.ndarra
 
 
 CASES = {
-    "qwen": MoEConfig(experts=5, top_k=3, hidden=4, shared_hidden=3),
-    "switch": MoEConfig(experts=4, top_k=1, hidden=5, renormalise=False, gated=False, activation=Activation.GELU),
-    "all-experts": MoEConfig(experts=3, top_k=3, hidden=4, renormalise=False, router_z=0.1),
+    "qwen": MoEConfig(experts=5, top_k=3, hidden_size=4, shared_hidden_size=3),
+    "switch": MoEConfig(experts=4, top_k=1, hidden_size=5, renormalise=False, gated=False, activation=Activation.GELU),
+    "all-experts": MoEConfig(experts=3, top_k=3, hidden_size=4, renormalise=False, router_z=0.1),
     "shared-ungated": MoEConfig(
-        experts=12, top_k=2, hidden=4, shared_hidden=5, shared_gate=False, activation=Activation.RELU_SQUARED
+        experts=12, top_k=2, hidden_size=4, shared_hidden_size=5, shared_gate=False, activation=Activation.RELU_SQUARED
     ),
-    "one-expert": MoEConfig(experts=1, top_k=1, hidden=4, balance=0.0),
+    "one-expert": MoEConfig(experts=1, top_k=1, hidden_size=4, balance=0.0),
 }
 
 
@@ -111,13 +71,14 @@ def test_values_losses_and_gradients_equal_a_loop_over_tokens(name: str) -> None
         return jnp.sum(y * weights) + sum(aux.values()), (y, aux)
 
     (_, (y, aux)), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, x)
-    expected, losses = oracle(x, arrays, valid, config)
+    expected, losses = mixture_of_experts(x, arrays, valid, config)
+    evidence.record("MoEConfig", "tests/oracles/moe.py", evidence.relative_error(np.asarray(y)[valid], expected[valid]))
     chex.assert_trees_all_close(np.asarray(y)[valid], expected[valid], rtol=EXACT, atol=EXACT)
     assert set(aux) == {key for key, value in losses.items() if value}
     chex.assert_trees_all_close(dict(aux), {key: losses[key] for key in aux}, rtol=EXACT)
 
     def oracle_loss(point: Any) -> float:
-        y, losses = oracle(point[1], point[0], valid, config)
+        y, losses = mixture_of_experts(point[1], point[0], valid, config)
         return float(np.sum(y * weights) + sum(losses.values()))
 
     check_gradient(oracle_loss, (arrays, x), gradients)
@@ -145,11 +106,11 @@ def test_padding_may_hold_nan() -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 def test_any_number_of_tokens(length: int) -> None:
     """A layer of many experts decodes one token, and what a token gets does not depend on the others."""
-    config = MoEConfig(experts=16, top_k=3, hidden=4)
+    config = MoEConfig(experts=16, top_k=3, hidden_size=4)
     definition, arrays = made(config, np.float32)
     moe = params.merge(definition, arrays)
     x = np.random.default_rng(2).standard_normal((2, 50, WIDTH)).astype(np.float32)
-    expected, _ = oracle(x[:, :length].astype(np.float64), arrays, np.ones((2, length), bool), config)
+    expected, _ = mixture_of_experts(x[:, :length].astype(np.float64), arrays, np.ones((2, length), bool), config)
     y = jax.jit(lambda x: moe(x, (), Context.whole(*x.shape[:2]))[0])(x[:, :length])
     chex.assert_trees_all_close(y, expected.astype(np.float32), rtol=ROUNDING, atol=ROUNDING)
 
@@ -172,7 +133,7 @@ def test_every_assignment_has_a_row_of_its_own_in_a_block_of_its_expert(count: i
 
 def test_uniform_routing_has_the_least_balance_loss() -> None:
     """Its value is the coefficient times top_k; it grows where the tokens crowd, and its gradient spreads them."""
-    config = MoEConfig(experts=4, top_k=1, hidden=4, balance=0.5)
+    config = MoEConfig(experts=4, top_k=1, hidden_size=4, balance=0.5)
     definition, arrays = made(config, np.float32)
     corners = np.eye(4, WIDTH, dtype=np.float32)[np.arange(BATCH * 8) % 4].reshape(BATCH, 8, WIDTH)
 
@@ -185,21 +146,21 @@ def test_uniform_routing_has_the_least_balance_loss() -> None:
     np.testing.assert_allclose(loss(0.0), 0.5, rtol=ROUNDING)
     assert loss(3.0) > 0.9
     assert jax.grad(loss)(3.0) > 0.01
-    every = MoEConfig(experts=4, top_k=4, hidden=4, balance=0.5)
+    every = MoEConfig(experts=4, top_k=4, hidden_size=4, balance=0.5)
     aux = every.make(WIDTH, layer=0, depth=2, rngs=nnx.Rngs(0))(corners, (), Context.whole(BATCH, 8))[2]
     np.testing.assert_allclose(aux["balance"], 4 * 0.5, rtol=ROUNDING)
 
 
 def test_a_router_is_float32_in_a_bfloat16_model() -> None:
     """In bfloat16 the logits of these two experts would be equal, and the first would be chosen."""
-    config = MoEConfig(experts=2, top_k=1, hidden=4, renormalise=False)
+    config = MoEConfig(experts=2, top_k=1, hidden_size=4, renormalise=False)
     definition, arrays = made(config, np.float32)
     router = np.zeros((WIDTH, 2), np.float32)
     router[0] = 1.0, 1.001
     arrays = {**arrays, "router": {"kernel": router}}
     x = jnp.ones((1, 1, WIDTH), jnp.bfloat16)
     y, _, aux = params.merge(definition, arrays)(x, (), Context.whole(1, 1))
-    expected, _ = oracle(np.ones((1, 1, WIDTH)), arrays, np.ones((1, 1), bool), config)
+    expected, _ = mixture_of_experts(np.ones((1, 1, WIDTH)), arrays, np.ones((1, 1), bool), config)
     # Two bfloat16 products of a few terms of size one.
     np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=0.03, atol=0.03)
     assert (y.dtype, aux["balance"].dtype) == (jnp.bfloat16, jnp.float32)
@@ -208,7 +169,7 @@ def test_a_router_is_float32_in_a_bfloat16_model() -> None:
 @pytest.mark.usefixtures("quick_compilation")
 def test_losses_are_over_the_tokens_of_all_devices() -> None:
     """Loss and gradients on eight devices are those of one; losses of a device's own tokens would differ."""
-    moe = MoEConfig(experts=4, top_k=2, hidden=8, shared_hidden=8, balance=1.0, router_z=0.1)
+    moe = MoEConfig(experts=4, top_k=2, hidden_size=8, shared_hidden_size=8, balance=1.0, router_z=0.1)
     assert_mesh_equals_one_device(ModelConfig(32, 64, (((moe,), 2),)), (2, 2, 2))
 
 
@@ -218,8 +179,8 @@ def test_losses_are_over_the_tokens_of_all_devices() -> None:
         ({"top_k": 0}, "top_k=0 of experts=8"),
         ({"top_k": 9}, "top_k=9 of experts=8"),
         ({"expansion": 0.0}, "expansion must be positive"),
-        ({"hidden": 0}, "hidden must be at least 1"),
-        ({"shared_hidden": -1}, "shared_hidden must be at least 1"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"shared_hidden_size": -1}, "shared_hidden_size must be at least 1"),
         ({"balance": -0.1}, "balance is the coefficient"),
         ({"router_z": float("nan")}, "router_z is the coefficient"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),

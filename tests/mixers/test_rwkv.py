@@ -60,7 +60,7 @@ def test_rwkv4(layer: int, depth: int) -> None:
     close(found["time_mix_receptance"], channel ** (0.5 * remaining))
     close(found["time_decay"], [-5 + 8 * (h / 95) ** (0.7 + 1.3 * progress) for h in range(96)])
     close(found["time_first"], [math.log(0.3) + 0.5 * ((i + 1) % 3 - 1) for i in range(96)])
-    for name in ("key", "receptance", "output"):
+    for name in ("key", "receptance", "out"):
         assert not found[f"{name}.kernel"].any()
     is_orthogonal(found["value.kernel"], math.sqrt(96 / 64))
 
@@ -81,7 +81,7 @@ def test_rwkv6(layer: int, depth: int) -> None:
     zigzag = ((n + 1) % 3 - 1) * 0.1
     close(found["bonus"].reshape(-1), progress * (1 - n / (WIDTH - 1)) + zigzag)
     close(found["norm.scale"], ((1 + layer) / depth) ** 0.7)
-    for name in ("mix_down", "decay.down", "output.kernel"):
+    for name in ("mix_down", "decay.down", "out.kernel"):
         assert not found[name].any()
     for name, gain in (("receptance", 1), ("value", 1), ("key", 0.1), ("gate", 0.1)):
         is_orthogonal(found[f"{name}.kernel"], gain)
@@ -112,7 +112,7 @@ def test_rwkv7(layer: int, depth: int) -> None:
     for name in ("decay", "rate", "first", "gate"):
         assert not found[f"{name}.down"].any()
         is_orthogonal(found[f"{name}.up"], 0.1)
-    assert not found["output.kernel"].any()
+    assert not found["out.kernel"].any()
     for name, bound in (("receptance", 0.5), ("value", 0.5), ("key", 0.05)):
         is_uniform(found[f"{name}.kernel"], bound / math.sqrt(WIDTH))
 

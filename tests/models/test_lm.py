@@ -25,6 +25,7 @@ ROUNDING = 2e-5
 
 A = AttentionConfig(heads=2, kv_heads=1)
 W = AttentionConfig(heads=2, window=3)
+W1 = AttentionConfig(heads=2, window=1)
 R = RGLRUConfig(blocks=2)
 S = Mamba2Config(head_size=8, state_size=4)
 MLP = MLPConfig(expansion=2)
@@ -87,8 +88,10 @@ def test_packed_and_padded_documents_equal_separate_ones(hybrid: Any) -> None:
         chex.assert_trees_all_close(logits[row, begin:end], expected[row, : end - begin], rtol=ROUNDING, atol=ROUNDING)
 
 
-def test_time_sharded_over_devices_equals_one_device() -> None:
-    model = make((((R, S), 1),), learned_positions=48)
+@pytest.mark.parametrize(("pattern", "carries"), [((R, S), True), ((W, W1), True), ((A,), False)])
+def test_time_sharded_over_devices_equals_one_device(pattern: Any, carries: bool) -> None:
+    """Fresh, without segments, and from a carried state (not a full cache, which has no room)."""
+    model = make(((pattern, 1),), learned_positions=48)
     tokens = random_tokens(2, length=24)
     mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
     definition, arrays = params.split(model)
@@ -103,7 +106,7 @@ def test_time_sharded_over_devices_equals_one_device() -> None:
         lambda *inputs: run(*inputs, "time"), mesh=mesh, in_specs=(P(), along, P()), out_specs=(along, P())
     )
     state = run(arrays, tokens, None, None)[1]
-    for given in (None, state):
+    for given in (None, state) if carries else (None,):
         found, expected = jax.jit(sharded)(arrays, tokens, given), run(arrays, tokens, given, None)
         chex.assert_trees_all_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
 

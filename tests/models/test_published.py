@@ -59,7 +59,7 @@ def test_patterns() -> None:
 
     mixed = xlstm(8, 64, 11, slstm_at=[1, 2, 7])
     scalar, matrix = SLSTMConfig(), MLSTMConfig.original()
-    block = Block(scalar, MLPConfig(hidden=128))  # 1.3 * 64, rounded up to a multiple of 64
+    block = Block(scalar, MLPConfig(hidden_size=128))  # 1.3 * 64, rounded up to a multiple of 64
     assert mixed.layers == (((matrix,), 1), ((block,), 2), ((matrix,), 4), ((block,), 1))
     (group,) = xlstm_7b().layers
     assert [(type(block), repeats) for block, repeats in zip(group[0], group[1:], strict=True)] == [(Block, 32)]

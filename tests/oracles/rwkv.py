@@ -33,7 +33,7 @@ def rwkv4_time_mix(
         wkv = (num + np.exp(bonus + k) * v) / (den + np.exp(bonus + k))
         num, den = np.exp(-decay) * num + np.exp(k) * v, np.exp(-decay) * den + np.exp(k)
         last = x[t]
-        y[t] = (sigmoid(mixed["receptance"]) * wkv) @ parameters["output"]["kernel"]
+        y[t] = (sigmoid(mixed["receptance"]) * wkv) @ parameters["out"]["kernel"]
     return y, {"last": last, "num": num, "den": den}
 
 
@@ -97,7 +97,7 @@ def rwkv6_time_mix(
             read[h] = r[h] @ (s[h] + parameters["bonus"][h][:, None] * written)
             s[h] = decay[h][:, None] * s[h] + written
         g = g @ matrix("gate")
-        y[t] = (group_norm(read, parameters["norm"], eps) * g * sigmoid(g)) @ matrix("output")
+        y[t] = (group_norm(read, parameters["norm"], eps) * g * sigmoid(g)) @ matrix("out")
         last = x[t]
     return y, {"last": last, "memory": s}
 
@@ -142,6 +142,6 @@ def rwkv7_time_mix(
             s[h] = s[h] @ (np.diag(w[of]) - np.outer(kappa, a[of] * kappa)) + np.outer(v[of], k[of])
             read[h] = s[h] @ r[of]
             now[h] = np.sum(r[of] * parameters["bonus"][h] * k[of]) * v[of]
-        y[t] = ((group_norm(read, parameters["norm"], eps) + now.reshape(-1)) * g) @ matrix("output")
+        y[t] = ((group_norm(read, parameters["norm"], eps) + now.reshape(-1)) * g) @ matrix("out")
         last = x[t]
     return y, {"last": last, "memory": s, "values": values}

@@ -36,16 +36,21 @@ def first_row(tree: Any) -> Any:
 
 LINEAR = {
     "elu": LinearAttentionConfig(heads=2),
-    "relu": LinearAttentionConfig(heads=1, features=FeatureMap.RELU, chunk=4, eps=0.5),
+    "relu": LinearAttentionConfig(heads=1, features=FeatureMap.RELU, chunk=4, norm_eps=0.5),
     "without-normaliser": LinearAttentionConfig(heads=2, normaliser=False, expand_value=2.0),
-    "identity": LinearAttentionConfig(heads=2, features=FeatureMap.IDENTITY, normaliser=False, eps=1e-2),
+    "identity": LinearAttentionConfig(heads=2, features=FeatureMap.IDENTITY, normaliser=False, norm_eps=1e-2),
 }
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_attention(name: str) -> None:
     config = LINEAR[name]
-    options = {"heads": config.heads, "features": config.features, "normaliser": config.normaliser, "eps": config.eps}
+    options = {
+        "heads": config.heads,
+        "features": config.features,
+        "normaliser": config.normaliser,
+        "eps": config.norm_eps,
+    }
     case = Case(config, functools.partial(oracles.linear_attention_layer, **options))
     after, expected = case.check(STARTS)
     same(after.memory[0], expected[0])
@@ -83,11 +88,13 @@ def test_the_rotation_of_retnet_depends_on_distances_alone() -> None:
     assert np.max(np.abs(run(0 * context.positions) - y)) > 1e-3
 
 
-@pytest.mark.parametrize("config", [GatedRFAConfig(heads=2, features=5), GatedRFAConfig(heads=1, features=3, eps=0.3)])
+@pytest.mark.parametrize(
+    "config", [GatedRFAConfig(heads=2, features=5), GatedRFAConfig(heads=1, features=3, norm_eps=0.3)]
+)
 def test_gated_rfa(config: GatedRFAConfig) -> None:
     size = WIDTH // config.heads
     directions = np.random.default_rng(config.seed).standard_normal((config.heads, config.features, size))
-    case = Case(config, functools.partial(oracles.gated_rfa_layer, directions=directions, eps=config.eps))
+    case = Case(config, functools.partial(oracles.gated_rfa_layer, directions=directions, eps=config.norm_eps))
     after, expected = case.check(STARTS)
     same(first_row(after), expected)
     case.check({5}, after, expected)

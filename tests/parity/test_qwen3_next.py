@@ -146,7 +146,7 @@ def test_names_and_sizes_of_the_published_config() -> None:
     ((pattern, repeats),) = config.layers
     assert (repeats, config.vocab_size, config.width, config.tied) == (12, 151936, 2048, False)
     norm = NormConfig(eps=1e-6, zero_centred=True)
-    moe = MoEConfig(experts=512, top_k=10, hidden=512, shared_hidden=512, balance=0.0)
+    moe = MoEConfig(experts=512, top_k=10, hidden_size=512, shared_hidden_size=512, balance=0.0)
     delta = GatedDeltaNetConfig(16, value_heads=32, key_size=128, value_size=128, norm_eps=1e-6)
     attention = AttentionConfig(16, 2, 256, rope_base=1e7, rope_fraction=0.25, query_key_norm=norm, output_gate=True)
     assert pattern == (Block(delta, moe),) * 3 + (Block(attention, moe),)
@@ -175,7 +175,7 @@ def test_a_model_of_ours_becomes_a_folder_that_transformers_reads(tmp_path: Path
     norm = NormConfig(eps=1e-6, zero_centred=True)
     delta = GatedDeltaNetConfig(heads=2, expand_key=0.5, expand_value=1.0, norm_eps=1e-6)
     attention = AttentionConfig(heads=2, query_key_norm=norm, output_gate=True, rope_fraction=0.5)
-    moe, mlp = MoEConfig(experts=4, expansion=0.5, shared_hidden=8), MLPConfig(activation=Activation.SILU)
+    moe, mlp = MoEConfig(experts=4, expansion=0.5, shared_hidden_size=8), MLPConfig(activation=Activation.SILU)
     layers = (((Block(delta, moe), Block(attention, mlp)), 2),)
     ours = ModelConfig(61, 32, layers, norm=norm).make(rngs=nnx.Rngs(0))
     save_pretrained(ours, tmp_path / "saved")
