@@ -34,7 +34,7 @@ def mixers(width: int, *, heads: int = 4, window: int = 16) -> dict[str, tuple[M
         "Transformer, NoPE": (AttentionConfig(heads=heads, positions=Positions.NOPE),),
         "sliding attention": (local,),
         "LSTM": (LSTMConfig(),),
-        "sLSTM": (SLSTMConfig(heads=heads),),
+        "sLSTM": (SLSTMConfig(heads=heads, recurrent_range=1.0),),
         "mLSTM": (MLSTMConfig.original(heads=heads),),
         "Mamba-2": (Mamba2Config(head_size=2 * head, state_size=head),),
         "GLA": (GLAConfig(heads=heads),),

@@ -31,8 +31,9 @@ class SLSTMConfig(MixerConfig):
         out = norm(y), a LayerNorm per head
 
     W and R are block-diagonal, one block a head: memories mix inside a head (R_a y_{t-1}) and not across heads. There
-    is no output projection; in the paper's block a gated MLP of factor 4/3 follows. At initialisation R is 0; b_f of
-    channel j of a head's d is 5 - 12 (j / (d - 1))^(0.3 + 1.3 layer / (depth - 1)), other biases are 0.
+    is no output projection; in the paper's block a gated MLP of factor 4/3 follows. At initialisation R is 0, or uniform
+    in +-`recurrent_range` / sqrt(width) (1 is the published code's other choice, `standard`); b_f of channel j of a
+    head's d is 5 - 12 (j / (d - 1))^(0.3 + 1.3 layer / (depth - 1)), other biases are 0.
 
     `method`: `sequential`, or `newton` (all tokens at once, in O(T (3 D / heads)^2) memory a head), which `newton`
     sets up; `run` returns its report of iterations. The state enters its own update through tanh and the gates: time
@@ -41,6 +42,7 @@ class SLSTMConfig(MixerConfig):
 
     heads: int = 4
     conv_width: int = 4
+    recurrent_range: float = 0.0
     norm_eps: float = 1e-5
     method: str = "sequential"
     newton: Newton = dataclasses.field(default_factory=Newton)
@@ -52,6 +54,8 @@ class SLSTMConfig(MixerConfig):
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
+        if self.recurrent_range < 0:
+            raise ValueError(f"recurrent_range must be 0 or more, not {self.recurrent_range}")
 
     def make(self, width: int, *, layer: int, depth: int, rngs: nnx.Rngs) -> SLSTM:
         return SLSTM(self, width, layer=layer, depth=depth, rngs=rngs)
@@ -98,7 +102,9 @@ class SLSTM(nnx.Module):
         shape = (config.heads, size, GATES, size)
         init = jax.nn.initializers.normal((2 / (5 * width)) ** 0.5)  # by the model's width, as published
         self.kernel = param(rngs, shape, init, group=Group.MATRIX, axes=axes)
-        self.recurrent = param(rngs, shape, jax.nn.initializers.zeros, group=Group.MATRIX, axes=axes)
+        widest = config.recurrent_range / width**0.5
+        init = lambda key, *of: jax.random.uniform(key, *of, -widest, widest)
+        self.recurrent = param(rngs, shape, init, group=Group.MATRIX, axes=axes)
 
         def init_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             exponent = 0.3 + 1.3 * layer / max(depth - 1, 1)
