@@ -6,9 +6,9 @@ is right. Claims: sLSTM, and DeltaNet with eigenvalues in [-1, 1], solve parity,
 models in modular arithmetic.
 
 Cost: smoke, seconds. cpu: parity alone, six models of width 32, two seeds, two learning rates, 1,000 steps of 32 rows
-with a curriculum over lengths (published: 20,000 of 256 at width 128 without one), about 15 minutes on 2 cores. gpu: all
-three languages, ten models, 4,000 steps of 256 rows with the curriculum; aimed at 30 minutes on one H100. paper: the
-published settings, 3 seeds. The sLSTM has one head, as in its authors' parity: memories do not mix across heads.
+with a curriculum over lengths (published: 20,000 of 256 at width 128 without one), about 15 minutes on 2 cores. gpu:
+all three languages, ten models, 4,000 steps of 256 rows with the curriculum; aimed at 30 minutes on one H100. paper:
+the published settings, 3 seeds. The sLSTM has one head, as in its authors' parity: memories mix inside a head alone.
 """
 
 from __future__ import annotations

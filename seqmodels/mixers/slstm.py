@@ -31,9 +31,9 @@ class SLSTMConfig(MixerConfig):
         out = norm(y), a LayerNorm per head
 
     W and R are block-diagonal, one block a head: memories mix inside a head (R_a y_{t-1}) and not across heads. There
-    is no output projection; in the paper's block a gated MLP of factor 4/3 follows. At initialisation R is 0, or uniform
-    in +-`recurrent_range` / sqrt(width) (1 is the published code's other choice, `standard`); b_f of channel j of a
-    head's d is 5 - 12 (j / (d - 1))^(0.3 + 1.3 layer / (depth - 1)), other biases are 0.
+    is no output projection; in the paper's block a gated MLP of factor 4/3 follows. At initialisation R is 0, or
+    uniform in +-`recurrent_range` / sqrt(width) (1 is the published code's other choice, `standard`); b_f of channel j
+    of a head's d is 5 - 12 (j / (d - 1))^(0.3 + 1.3 layer / (depth - 1)), other biases are 0.
 
     `method`: `sequential`, or `newton` (all tokens at once, in O(T (3 D / heads)^2) memory a head), which `newton`
     sets up; `run` returns its report of iterations. The state enters its own update through tanh and the gates: time
