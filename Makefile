@@ -10,10 +10,10 @@ JOBS := 2
 PARALLEL := -n $(JOBS) --dist loadgroup --durations=20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test test-all test-parity evidence lint format clean
+.PHONY: help install demo demo-short test test-all test-parity evidence tables-smoke lint format clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## Make .venv with the project and its pinned dependencies (every other target calls this)
 
@@ -54,6 +54,12 @@ $(PARITY): $(STAMP)
 	@echo "test-parity: installing torch and transformers into $(VENV)"
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[parity]'
 	@touch $(PARITY)
+
+tables-smoke: $(STAMP)  ## Run every paper table with a few steps, to see that all of it runs (some minutes)
+	@for table in $$($(PYTHON) -m experiments.report --list); do \
+		echo "tables-smoke: $$table"; \
+		$(PYTHON) -m experiments.$$table --scale smoke || exit 1; \
+	done
 
 lint: $(STAMP)  ## Check style, formatting, the direction of imports and types
 	@echo "lint: ruff check"

@@ -37,6 +37,8 @@ class Options:
     """The page whose part between the markers is written."""
     results: Path = RESULTS
     """Where the tables' rows are."""
+    list: bool = False
+    """Print the tables' names, and write nothing."""
 
 
 def tables() -> Iterator[tuple[Table, str]]:
@@ -49,6 +51,9 @@ def tables() -> Iterator[tuple[Table, str]]:
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Options, prog="python -m experiments.report", description=__doc__, args=arguments)
+    if options.list:
+        print("\n".join(table.name for table, _ in tables()))
+        return
     entries = [line for table, about in tables() for line in entry(table, about, options)]
     text = options.page.read_text()
     before, begin, rest = text.partition(BEGIN)

@@ -73,6 +73,16 @@ def test_initial_values_are_the_published_ones() -> None:
     assert params.labels(scalar)["bias"] == params.labels(plain)["forget_bias"] == params.Group.DYNAMICS
 
 
+def test_recurrent_weights_start_at_zero_or_uniform_as_asked() -> None:
+    make = lambda **options: SLSTMConfig(**options).make(64, layer=0, depth=4, rngs=nnx.Rngs(0)).recurrent[...]
+    assert not np.any(make())
+    found = make(recurrent_range=2.0)
+    assert np.abs(found).max() <= 2 / 64**0.5
+    np.testing.assert_allclose(np.std(found), 2 / 64**0.5 / 3**0.5, rtol=0.05)
+    with pytest.raises(ValueError, match="recurrent_range must be 0 or more, not -1"):
+        SLSTMConfig(recurrent_range=-1.0)
+
+
 def test_memory_mixes_inside_a_head_only() -> None:
     """Head 0's earlier outputs reach all channels of head 0, and no other head."""
     s = Subject(SLSTMConfig(conv_width=1), caches=False)
