@@ -102,9 +102,11 @@ class SLSTM(nnx.Module):
         shape = (config.heads, size, GATES, size)
         init = jax.nn.initializers.normal((2 / (5 * width)) ** 0.5)  # by the model's width, as published
         self.kernel = param(rngs, shape, init, group=Group.MATRIX, axes=axes)
-        widest = config.recurrent_range / width**0.5
-        init = lambda key, *of: jax.random.uniform(key, *of, -widest, widest)
-        self.recurrent = param(rngs, shape, init, group=Group.MATRIX, axes=axes)
+
+        def init_recurrent(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return config.recurrent_range / width**0.5 * jax.random.uniform(key, shape, dtype, -1)
+
+        self.recurrent = param(rngs, shape, init_recurrent, group=Group.MATRIX, axes=axes)
 
         def init_bias(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             exponent = 0.3 + 1.3 * layer / max(depth - 1, 1)
