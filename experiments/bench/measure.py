@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WARM = 5.0  # seconds
+WARM, SLOW = 5.0, 30.0  # seconds
 
 
 class Quartiles(NamedTuple):
@@ -59,14 +59,15 @@ def side_by_side(
 ) -> dict[str, Quartiles]:
     """Times of every run, taken in turn so that a busy machine slows all of them alike, from another one on each time.
 
-    Each gets `least` to `most` turns, as many as fit into about `budget` seconds for each.
+    Each gets `least` to `most` turns, as many as fit into about `budget` seconds for each; one where a turn of some run
+    takes over half a minute.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     # the first call warms up; one that takes seconds need not be repeated to know how long it takes
     first = {name: seconds_of(run) for name, run in runs.items()}
     slowest = max(taken if taken > WARM else seconds_of(runs[name]) for name, taken in first.items())
     names = list(runs)
-    for turn in range(int(np.clip(budget / max(slowest, 1e-9), least, most))):
+    for turn in range(1 if slowest > SLOW else int(np.clip(budget / max(slowest, 1e-9), least, most))):
         begin = turn % len(names)  # what ran before leaves its data in the caches
         for name in names[begin:] + names[:begin]:
             times[name].append(seconds_of(runs[name]))
