@@ -99,10 +99,10 @@ class Subject:
         random = np.random.default_rng(1)
         self.params = jax.tree.map(lambda p: np.asarray(p) + normal(random, *p.shape, scale=0.05), make())
         self.mixer = params.merge(self.definition, self.params)
-        self.forward = jax.jit(self._forward)
+        self.compiled_forward = jax.jit(self._forward)
         self._compiled_run = jax.jit(self._run, static_argnames=("mesh", "check_vma", "steps"))
 
-    def run(
+    def launch(
         self,
         x: Any,
         carry: Carry,
@@ -119,6 +119,14 @@ class Subject:
         arrays = self.params if arrays is None else arrays
         weights = self.weights(segments.valid) if weights is None else weights
         return self._compiled_run(arrays, x, carry, segments, weights, **how)
+
+    def run(self, *inputs: Any, **options: Any) -> Result:
+        """`launch`, as numpy arrays: every slice of a jax array would be compiled."""
+        return jax.device_get(self.launch(*inputs, **options))
+
+    def forward(self, arrays: Any, x: Any, carry: Carry, segments: Segments) -> tuple[np.ndarray, Carry]:
+        """Outputs and the state after them, as numpy arrays."""
+        return jax.device_get(self.compiled_forward(arrays, x, carry, segments))
 
     def trace(self, x: Any, carry: Carry, segments: Segments) -> Any:
         """The program of `run`, traced and not yet lowered."""

@@ -56,8 +56,8 @@ def test_a_window_sees_so_many_keys() -> None:
 
     def last(x: jax.Array, y: jax.Array) -> jax.Array:
         """The sum of the outputs of y's third token, which follows x."""
-        _, carry = s.forward(s.params, x, empty, Segments.whole(BATCH, 16, fresh=True))
-        return s.forward(s.params, y, carry, Segments.whole(BATCH, 3, fresh=False))[0][:, 2].sum()
+        _, carry = s._forward(s.params, x, empty, Segments.whole(BATCH, 16, fresh=True))
+        return s._forward(s.params, y, carry, Segments.whole(BATCH, 3, fresh=False))[0][:, 2].sum()
 
     gradients = jax.jit(jax.grad(last, (0, 1)))(tokens(0), tokens(1, length=3))
     reached = np.any(np.concatenate(gradients, axis=1) != 0, axis=(0, 2))
