@@ -139,11 +139,15 @@ def _piece(queries: Queries, piece: Keys, scoring: Scoring) -> Softmax:
     batch, length, heads, size = queries.query.shape
     groups = piece.key.shape[2]
     wide = jnp.promote_types(queries.query.dtype, jnp.float32)
-    query = queries.query.reshape(batch, length, groups, heads // groups, size)
+    # One matrix of rows (head of the group, time) for every group, before and after both products. In any other order
+    # scores are transposed on their way, and on CPUs masks and exponentials are then evaluated in strided order.
+    rows = lambda x: x.reshape(batch, groups, -1, x.shape[-1])
+    query = rows(jnp.moveaxis(queries.query, 1, 2))
     filled = piece.filled[:, :, None, None]
     # Unfilled slots may hold anything, NaN included: 0 * NaN is NaN, so masking the scores is not enough.
-    key, value = (jnp.where(filled, x, 0).astype(query.dtype) for x in (piece.key, piece.value))
-    scores = compat.wide_einsum("btgrk,bsgk->bgrts", query, key) * size**-0.5
+    key, value = (jnp.moveaxis(jnp.where(filled, x, 0), 1, 2).astype(query.dtype) for x in (piece.key, piece.value))
+    scores = compat.wide_einsum("bgqk,bgsk->bgqs", query, key) * size**-0.5
+    scores = scores.reshape(batch, groups, heads // groups, length, -1)
     if scoring.logits_cap is not None:
         scores = scoring.logits_cap * jnp.tanh(scores / scoring.logits_cap)
     distance = queries.position[:, :, None] - piece.position[:, None, :]
@@ -158,9 +162,9 @@ def _piece(queries: Queries, piece: Keys, scoring: Scoring) -> Softmax:
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     maximum = jax.lax.stop_gradient(jnp.max(scores, axis=-1))  # as in `Softmax`
     weights, total = softmax_of(scores, maximum)
-    weighted = compat.wide_einsum("bgrts,bsgv->bgrtv", weights.astype(value.dtype), value)
-    per_query = lambda x: jnp.moveaxis(x, 3, 1).reshape(batch, length, heads, *x.shape[4:])
-    return Softmax(*map(per_query, (maximum, total, weighted)))
+    weighted = compat.wide_einsum("bgqs,bgsv->bgqv", rows(weights.astype(value.dtype)), value)
+    per_query = lambda x: jnp.moveaxis(x.reshape(batch, heads, length, -1), 2, 1)
+    return Softmax(per_query(maximum)[..., 0], per_query(total)[..., 0], per_query(weighted))
 
 
 def _padded(x: Array, length: int) -> Array:

@@ -190,7 +190,9 @@ class LanguageModel(nnx.Module):
             weight = params.whole(self.embedding, self.parameter_axis).T
         else:
             weight = params.whole(self.head.kernel, self.parameter_axis)
-        logits = compat.wide_einsum("...d,dv->...v", hidden, weight.astype(hidden.dtype))
+        flat = hidden.reshape(-1, hidden.shape[-1])  # why: `layers.linear.product`
+        logits = compat.wide_einsum("td,dv->tv", flat, weight.astype(hidden.dtype))
+        logits = logits.reshape(*hidden.shape[:-1], weight.shape[1])
         cap = self.config.logits_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

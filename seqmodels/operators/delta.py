@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import each_head, run_family
-from seqmodels.operators.outer import decayed_scores
+from seqmodels.operators.outer import decayed_scores, read_decayed
 from seqmodels.operators.triangular import inverse_of_unit_lower
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
@@ -139,7 +139,7 @@ def _segments(reset: Bool[Array, "C"]) -> Array:
 def _emit(inputs: Delta, state: Array, reset: Bool[Array, "C"]) -> Array:
     log_decay, segment = _log_decays(inputs), _segments(reset)
     first = segment[:, None] == 0
-    carried = (_f32(inputs.query) * jnp.exp(jnp.cumsum(log_decay, axis=0))) @ state
+    carried = read_decayed(inputs.query, jnp.cumsum(log_decay, axis=0), state)
     out = jnp.where(first, carried, 0)
     for write in _writes(inputs, reset):
         written = write.values

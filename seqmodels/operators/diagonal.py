@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -119,6 +120,38 @@ def since_last_reset(reset: Bool[Array, "C"]) -> Bool[Array, "C"]:
 def after_each(log_decay: Inexact[Array, "C ..."]) -> Inexact[Array, "C ..."]:
     """The decay from after each step to the chunk's end: a reversed, exclusive sum, without any subtraction."""
     return _delay(jax.lax.cumsum(log_decay[::-1]), 1)[::-1]
+
+
+def sums_between(log_decay: Float[Array, "C"], *, inclusive: bool = True) -> Float[Array, "C C"]:
+    """[i, j]: the sum of log_decay over j < s <= i, -inf above the diagonal; `inclusive` False: over j < s < i, j < i.
+
+    By sums alone, since a difference of cumulative sums has no digits left beside a large decay and none at all beside
+    -inf. In blocks of about sqrt(C) steps: of two steps in different blocks it is what leads to the end of the earlier
+    one, the whole blocks between, and what leads from the start of the later one. So every entry is a few additions,
+    all of them in one elementwise program.
+    """
+    length = log_decay.shape[0]
+    size = math.isqrt(length - 1) + 1
+    count = -(-length // size)
+    blocks = jnp.pad(log_decay, (0, count * size - length)).reshape(count, size)
+
+    def selected(terms: Array, chosen: Bool[Array, "..."]) -> Array:  # a product with zeros would turn -inf into NaN
+        return jnp.sum(jnp.where(chosen, terms, 0), axis=-1)
+
+    step, block = jnp.arange(size), jnp.arange(count)
+    until, after = step[:, None] >= step[None], step[:, None] < step[None]  # [i, s], [j, s]
+    reach, rest = (selected(blocks[:, None], chosen[None]) for chosen in (until, after))
+    within = selected(blocks[:, None, None], (until[:, None] & after[None])[None])
+    within = jnp.where(until[None], within, -jnp.inf)
+    apart = (block[:, None, None] > block[None, None]) & (block[None, :, None] < block[None, None])  # q < m < p
+    between = selected(jnp.sum(blocks, axis=1)[None, None], apart)
+    across = reach[:, :, None, None] + between[:, None, :, None] + rest[None, None]  # [p, i, q, j]
+    order = (block[:, None] - block[None])[:, None, :, None]
+    sums = jnp.where(order == 0, within[:, :, None], jnp.where(order > 0, across, -jnp.inf))
+    sums = sums.reshape(count * size, count * size)[:length, :length]
+    if inclusive:
+        return sums
+    return jnp.concatenate([jnp.full_like(sums[:1], -jnp.inf), sums[:-1]])  # what led to the step before
 
 
 def _delay(x: Array, steps: int) -> Array:

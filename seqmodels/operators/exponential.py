@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
-from seqmodels.operators.diagonal import after_each, since_last_reset
+from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
 from seqmodels.operators.family import each_head, run_family
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
@@ -56,9 +56,8 @@ def exponential_recurrence(eps: float = EPS) -> Recurrence:
         query, log_forget, log_input = _wide(inputs.query), _wide(inputs.log_forget), _wide(inputs.log_input)
         segment = jnp.cumsum(reset.astype(jnp.int32))
         reach = jnp.where(segment == 0, jnp.cumsum(log_forget) + state.log_max, -jnp.inf)
-        step = jnp.arange(reset.shape[0])
-        past = (segment[:, None] == segment[None]) & (step[:, None] >= step[None])
-        inside = jnp.where(past, _forgetting(log_forget) + log_input[None], -jnp.inf)
+        inside = sums_between(log_forget) + log_input[None]
+        inside = jnp.where(segment[:, None] == segment[None], inside, -jnp.inf)
         log_max = larger(reach, _largest(inside))
         carried = _weight(reach, log_max)
         scores = compat.wide_einsum("ik,jk->ij", inputs.query, inputs.key) * _weight(inside, log_max[:, None])
@@ -150,13 +149,6 @@ def _fold(inputs: Exponential, reset: Bool[Array, "C"]) -> ExponentialElement:
     key = _wide(inputs.key) * _weight(log_weight, log_max)[:, None]
     memory = compat.wide_einsum("ck,cv->kv", key.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
     return ExponentialElement(jnp.sum(log_forget), ExponentialState(log_max, jnp.sum(key, axis=0), memory))
-
-
-def _forgetting(log_forget: Float[Array, "C"]) -> Float[Array, "C C"]:
-    """[i, j]: the sum of log_forget over j < s <= i, by sums alone: a difference of cumulative sums has no digits left
-    beside a large decay, and none at all beside -inf."""
-    step = jnp.arange(log_forget.shape[0])
-    return jnp.cumsum(jnp.where(step[:, None] > step[None], log_forget[:, None], 0), axis=0)
 
 
 def mlstm_scan(

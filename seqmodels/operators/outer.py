@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
-from seqmodels.operators.diagonal import after_each, since_last_reset
+from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
@@ -44,7 +44,7 @@ def outer_recurrence(*, read_before: bool = False) -> Recurrence:
         scores = decayed_scores(inputs.query, inputs.key, log_decay, inclusive=not read_before)
         segment = jnp.cumsum(reset.astype(jnp.int32))
         scores = jnp.where(segment[:, None] == segment[None], scores, 0)
-        carried = (_f32(inputs.query) * jnp.exp(reach)) @ state
+        carried = read_decayed(inputs.query, reach, state)
         inside = compat.wide_einsum("ij,jv->iv", scores.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
         return inside + jnp.where(segment[:, None] == 0, carried, 0)
 
@@ -88,9 +88,22 @@ def _neutral(inputs: Outer) -> Outer:
 def _fold(inputs: Outer, reset: Bool[Array, "C"]) -> OuterElement:
     kept = since_last_reset(reset)[:, None]
     log_decay = jnp.where(kept, _log_decays(inputs), 0)
-    key = jnp.where(kept, _f32(inputs.key) * jnp.exp(after_each(log_decay)), 0)
-    memory = compat.wide_einsum("ck,cv->kv", key.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
+    key, value, weight = inputs.key, inputs.value, jnp.where(kept, jnp.exp(after_each(log_decay)), 0)
+    both = jnp.result_type(key, value)
+    if log_decay.shape[1] == 1:  # as in `read_decayed`
+        value = (_f32(value) * weight).astype(both)
+    else:
+        key = (_f32(key) * weight).astype(both)
+    memory = compat.wide_einsum("ck,cv->kv", key, value)
     return OuterElement(jnp.sum(log_decay, axis=0), memory)
+
+
+def read_decayed(query: Float[Array, "C K"], reach: Float[Array, "C #K"], state: Float[Array, "K V"]) -> Array:
+    """query^T Diag(exp(reach)) state of every step. A scalar decay is put on the outcome: one product then serves
+    all heads that share their queries."""
+    if reach.shape[1] == 1:
+        return (_f32(query) @ state) * jnp.exp(reach)
+    return (_f32(query) * jnp.exp(reach)) @ state
 
 
 def decayed_scores(
@@ -104,37 +117,33 @@ def decayed_scores(
 
     `inclusive` False leaves step i itself out: s < i, and j < i. Blocks are merged pairwise: what leads from j to
     i is the sum from j to its block's end and from i's block's start to i, so every exponent is a sum of logs <= 0 and
-    nothing is subtracted: exact to rounding and free of overflow for any decay, where exp(-cumsum) overflows.
+    nothing is subtracted: exact to rounding and free of overflow for any decay, where exp(-cumsum) overflows. A scalar
+    decay takes one product for all scores, which heads with the same queries and keys share.
     """
-    length, scalar = query.shape[0], log_decay.shape[1] == 1
+    length = query.shape[0]
+    if log_decay.shape[1] == 1:
+        decay = jnp.exp(sums_between(log_decay[:, 0], inclusive=inclusive))
+        return compat.wide_einsum("ik,jk->ij", query, key) * decay
     padded = 1 << (length - 1).bit_length()
     fill = lambda x: jnp.pad(x, ((0, padded - length), (0, 0)))[:, None]
     query, key, log_decay = fill(query), fill(key), fill(log_decay)
-    scores = jnp.zeros_like(log_decay) if scalar else jnp.sum(_f32(query) * _f32(key), axis=2, keepdims=True)
-    if not inclusive:
-        scores = jnp.full_like(scores, -jnp.inf) if scalar else jnp.zeros_like(scores)
+    scores = jnp.sum(_f32(query) * _f32(key), axis=2, keepdims=True)
+    scores = scores if inclusive else jnp.zeros_like(scores)
     reach = log_decay if inclusive else jnp.zeros_like(log_decay)  # from the block's start to each step
     rest = jnp.zeros_like(log_decay)  # from after each step to the block's end
     total = log_decay
     while scores.shape[0] > 1:
         first, second = (lambda x: x[0::2]), (lambda x: x[1::2])
-        if scalar:  # exponents first, one matmul for all scores at the end
-            across = second(reach) + first(rest).swapaxes(1, 2)
-            above = jnp.full_like(across, -jnp.inf)
-        else:
-            late = (second(query) * jnp.exp(second(reach))).astype(query.dtype)
-            early = (first(key) * jnp.exp(first(rest))).astype(key.dtype)
-            across = compat.wide_einsum("nik,njk->nij", late, early)
-            above = jnp.zeros_like(across)
-        upper = jnp.concatenate([first(scores), above], axis=2)
+        late = (second(query) * jnp.exp(second(reach))).astype(query.dtype)
+        early = (first(key) * jnp.exp(first(rest))).astype(key.dtype)
+        across = compat.wide_einsum("nik,njk->nij", late, early)
+        upper = jnp.concatenate([first(scores), jnp.zeros_like(across)], axis=2)
         lower = jnp.concatenate([across, second(scores)], axis=2)
         scores = jnp.concatenate([upper, lower], axis=1)
         reach = jnp.concatenate([first(reach), first(total) + second(reach)], axis=1)
         rest = jnp.concatenate([first(rest) + second(total), second(rest)], axis=1)
         total = first(total) + second(total)
         query, key = (x.reshape(-1, 2 * x.shape[1], x.shape[2]) for x in (query, key))
-    if scalar:
-        scores = compat.wide_einsum("nik,njk->nij", query, key) * jnp.exp(scores)
     return scores[0, :length, :length]
 
 
