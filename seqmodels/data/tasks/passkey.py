@@ -36,8 +36,8 @@ class Passkey(Task):
     def __post_init__(self) -> None:
         if self.digits < 1 or any(depth is not None and not 0 <= depth <= 1 for depth in (self.depth, self.test_depth)):
             raise ValueError(
-                f"digits {self.digits}, depth {self.depth}, test_depth {self.test_depth}: a key has at least one digit, "
-                "and a depth is between 0 (the beginning) and 1 (right before the question), or None"
+                f"digits {self.digits}, depth {self.depth}, test_depth {self.test_depth}: a key has at least one "
+                "digit, and a depth is between 0 (the beginning) and 1 (right before the question), or None"
             )
         if self.length < (least := self.spell("0" * self.digits, 0.0, filler=0).tokens.size):
             raise ValueError(
@@ -52,6 +52,10 @@ class Passkey(Task):
         """A piece of the text as tokens; pieces are encoded one by one."""
         return encode(text)
 
+    def asked(self, key: str) -> tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]:
+        """The tokens of the question, and those of the key after it."""
+        return self.encode(QUESTION), self.encode(key)
+
     def evaluation(self) -> Passkey:
         return dataclasses.replace(self, depth=self.test_depth)
 
@@ -62,7 +66,7 @@ class Passkey(Task):
 
     def spell(self, key: str, depth: float, *, filler: int | None = None) -> Row:
         """The row of this key; `filler`: tokens of it, by default as many as fill the row."""
-        needle, question, answer = (self.encode(text) for text in (NEEDLE.format(key=key), QUESTION, key))
+        needle, (question, answer) = self.encode(NEEDLE.format(key=key)), self.asked(key)
         if filler is None:
             filler = self.length + 1 - len(needle) - len(question) - len(answer)
         before = round(depth * filler)

@@ -18,8 +18,7 @@ def test_a_row_by_hand() -> None:
     text = decode(row.tokens).decode()
     assert len(text) == 106
     assert text == (
-        "The grass is gThe pass key is 01234. Remember it. reen. The sky "
-        "What is the pass key? The pass key is 0123"
+        "The grass is gThe pass key is 01234. Remember it. reen. The sky What is the pass key? The pass key is 0123"
     )
     assert text.endswith(QUESTION + "0123")
     assert decode(row.targets[row.scored]) == b"01234"
