@@ -13,7 +13,7 @@ from typing import Any
 from experiments.harness.rows import Row, described
 from experiments.harness.table import Cell, Curve, Scale, Table, Work
 
-RUN_CELL = "--run-cell"  # a process for one cell: --run-cell SCALE NAME SEED FOLDER
+RUN_CELL = "--run-cell"  # a process for one cell: --run-cell SCALE NAME SEED FOLDER OPTIONS
 ROW, PROGRESS, SECONDS = "row.json", "progress", "seconds"
 POINTS = 200  # of a curve in a row; longer ones are thinned
 _EVERY = 0.5  # seconds between two reports

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +52,12 @@ def main(table: Table) -> None:
 
 def command(table: Table, module: str, about: str, arguments: Sequence[str]) -> None:
     if arguments[:1] == [RUN_CELL]:  # started by the runner for one cell
-        scale, name, seed, folder = arguments[1:]
-        run_cell(table, Scale(scale), name, int(seed), Path(folder))
+        scale, name, seed, folder, given = arguments[1:]
+        run_cell(table.given(json.loads(given)), Scale(scale), name, int(seed), Path(folder))
         return
-    options = tyro.cli(Options, prog=f"python -m {module}", description=about, args=arguments)
+    options = tyro.cli(_kind(table), prog=f"python -m {module}", description=about, args=arguments)
+    if table.options is not None:
+        table = table.given({field.name: getattr(options, field.name) for field in dataclasses.fields(table.options)})
     results = options.results or _results(table, options.scale)
     cells = chosen(table.at(options.scale), options.only)
     seeds = range(table.seeds[options.scale] if options.seeds is None else options.seeds)
@@ -80,6 +83,13 @@ def command(table: Table, module: str, about: str, arguments: Sequence[str]) -> 
             f"{len(failed)} cells failed ({', '.join(failed)}): their folders in {WORK / table.name} say why; "
             "the same command tries them again"
         )
+
+
+def _kind(table: Table) -> Any:
+    """`Options`, and the table's own beside them."""
+    if table.options is None:
+        return Options
+    return dataclasses.make_dataclass("Options", (), bases=(Options, type(table.options)), frozen=True)
 
 
 def _results(table: Table, scale: Scale) -> Path:

@@ -17,10 +17,15 @@ KEYS = ("scale", "cell", "seed", "config", "metrics", "curve", "versions", "devi
 
 
 def settings(value: Any) -> Any:
-    """A config as JSON without the fields that have their default, so that new fields leave old rows as they are."""
+    """A config as JSON without the fields that have their default, so that new fields leave old rows as they are.
+
+    Fields that do not count when configs are compared (`dataclasses.field(compare=False)`) are no settings either.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         told = {}
         for field in dataclasses.fields(value):
+            if not field.compare:
+                continue
             held = getattr(value, field.name)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if default is dataclasses.MISSING or held != default:

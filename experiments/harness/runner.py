@@ -91,7 +91,7 @@ class Runner:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / ROW).unlink(missing_ok=True)
         command = [sys.executable, "-m", self.module, RUN_CELL, str(self.rows.scale), job.cell.name]
-        command += [str(job.seed), str(job.folder)]
+        command += [str(job.seed), str(job.folder), self.table.told()]
         return job, self.places.start(place, command, job.folder / "log.txt")
 
     def _finish(self, job: Job, status: int) -> Row:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -104,24 +105,35 @@ class Claim:
 class Table:
     """`cells(scale)` in the order of the report. `seeds`: how many runs of each cell, where no flag says.
 
-    `alone`: one cell at a time with the whole machine, for measurements of time.
+    `alone`: one cell at a time with the whole machine, for measurements of time. `options`: what the table's command
+    takes besides, a frozen dataclass whose fields are strings, numbers or None and have defaults; they are given to
+    `cells(scale, options)` then.
     """
 
     name: str
     title: str
     paper: str
-    cells: Callable[[Scale], Sequence[Cell]]
+    cells: Callable[..., Iterable[Cell]]
     measures: tuple[Measure, ...]
     seeds: Mapping[Scale, int]
     published: tuple[Published, ...] = ()
     claims: tuple[Claim, ...] = ()
     plot: Callable[[Results, Figure], None] | None = None
     alone: bool = False
+    options: Any = None
 
     def at(self, scale: Scale) -> list[Cell]:
         """The cells of a scale; raises ValueError where two have one name."""
-        cells = list(self.cells(scale))
+        cells = list(self.cells(scale) if self.options is None else self.cells(scale, self.options))
         twice = [name for name, times in Counter(cell.name for cell in cells).items() if times > 1]
         if twice:
             raise ValueError(f"{self.name} has several cells named {', '.join(twice)}: give each a variant of its own")
         return cells
+
+    def told(self) -> str:
+        """The options as JSON, for a process that runs one cell."""
+        return json.dumps(None if self.options is None else dataclasses.asdict(self.options))
+
+    def given(self, options: Mapping[str, Any] | None) -> Table:
+        """The table with other options, by name."""
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, **options)) if options else self

@@ -18,6 +18,7 @@ from seqmodels.data.tasks.metrics import (
     sequence_accuracy,
     token_accuracy,
 )
+from seqmodels.data.tasks.passkey import Passkey
 from seqmodels.data.tasks.recall import MQAR, InductionHeads
 
 TASKS: dict[str, Task] = {
@@ -51,6 +52,8 @@ TASKS: dict[str, Task] = {
     # 2312.00752 (Mamba)
     "selective_copying": SelectiveCopying(),
     "induction_heads": InductionHeads(),
+    # 2507.02782: keys of five digits, trained at 2,048 tokens, asked at up to 256k and depths 0.1, 0.5, 0.9
+    "passkey": Passkey(),
 }
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "ModularArithmetic",
     "ModularArithmeticBrackets",
     "Parity",
+    "Passkey",
     "Row",
     "SelectiveCopying",
     "Source",

@@ -1,0 +1,133 @@
+"""What a model does beyond the length that it was trained at, and what 500 steps from other initial states change.
+
+"Understanding and Improving Length Generalization in Recurrent Models" (2507.02782), its figures and its table of
+copying. A base is trained at a short length on novels in bytes, rows from zeros; the rows of its heading go on from it:
+from zeros still, from noise (std 1; the paper's is not known), from noise fitted to final states by layer and head,
+from the final state of another row (state passing), or of the same text (truncated BPTT). Noise goes to the vector and
+matrix states of recurrences alone; a PSM has none, and cannot go on from a state in parallel: base and zeros are all it
+has. Claims: the base diverges where it was trained long at a short length (where none does, the rest is not testable at
+this scale); state passing, truncated BPTT and fitted noise mend that, noise less.
+
+Loss by position: 32 rows of a held-out novel to 64 times the training length, one to 256k tokens (a PSM: 16k).
+`--checkpoint DIR` adds a heading for the model of a Hugging Face folder, of which the report shows something with the
+same option only; at paper, folders named as its headings fill these. Data: gutenberg_books below SEQMODELS_DATA; smoke
+joins files of cpython.
+
+Cost: smoke, a minute or two, nearly all of it compilation. cpu: two layers of width 64, length 32, aimed at 45 minutes
+on 2 cores. gpu: 8 layers of width 256, length 128; aimed at 30 minutes on one H100. paper: official Mamba-2 at length
+2048, and bases of that size (GLA at 512), for which the training is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from experiments import length_settings as runs
+from experiments.harness import Claim, Measure, NotTested, Published, Results, Scale, Table, main, plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = "2507.02782"
+MARGIN = 0.1  # nats above the base's loss at its training length: diverged
+NAMES = (*runs.RECURRENT, *runs.OFFICIAL)
+
+
+def diverged(results: Results) -> list[str]:
+    """The headings whose base ends above its loss at the training length. Raises NotTested where none does."""
+    ready = [entry.setting for entry in results.entries if entry.model == runs.BASE and entry.rows]
+    names = [name for name in NAMES if name in ready]
+    found = [name for name in names if results.value(runs.BASE, name, "rise") > MARGIN]
+    if not found:
+        told = f"the base of {', '.join(names)} does not diverge" if names else "no base was run"
+        raise NotTested(f"not testable at this scale: {told}")
+    return found
+
+
+def below(kind: str, *others: str, metric: str = "loss_last") -> Callable[[Results], bool]:
+    """Whether a metric of `kind` is below that of each of `others`, at every heading whose base diverges."""
+
+    def test(results: Results) -> bool:
+        value = lambda name, of: results.value(of, name, metric)
+        return all(value(n, kind) < min([value(n, of) for of in others]) for n in diverged(results))
+
+    return test
+
+
+def flat(results: Results) -> bool:
+    """No more than the margin above the base's loss at the training length, where that diverges."""
+    ends = lambda name: [results.value(kind, name, "loss_last") for kind in (runs.PASSING, runs.BPTT)]
+    return all(max(ends(n)) <= results.value(runs.BASE, n, "loss_1x") + MARGIN for n in diverged(results))
+
+
+def copies(results: Results) -> bool:
+    passing, zeros = (results.value(k, runs.COPYING, "token_accuracy") for k in (runs.PASSING, runs.ZEROS))
+    return passing > zeros
+
+
+def reaches(results: Results) -> bool:
+    return results.value(runs.FITTED, runs.PASSKEY, "reach") > results.value(runs.ZEROS, runs.PASSKEY, "reach")
+
+
+def plot(results: Results, figure: Figure) -> None:
+    figure.set_size_inches(15, 14)
+    shown = (("loss", "loss"), ("remembrance", "remembrance"), ("state", "std"), ("passkey", "passkey"))
+    for part, (curve, column) in zip(figure.subfigures(len(shown), 1), shown, strict=True):
+        plots.by_setting(results, part, curve, y=column, x_title="tokens", logarithmic=True)
+
+
+def _published() -> Iterator[Published]:
+    kinds = (runs.BASE, runs.NOISE, runs.FITTED, runs.PASSING, runs.BPTT)
+    perplexities = ((12.4, 8.75, 7.9, 7.75, 7.7), (None, None, 7.2, 6.87, 6.8), (None, None, 11.7, 6.35, 6.3))
+    keys = ((0.0, 0.35, 0.64), (0.0, 0.0, 1.0))
+    where = f"{PAPER}, authors' blog, "
+    for name, values in zip(runs.OFFICIAL, perplexities, strict=True):
+        for kind, value in zip(kinds, values, strict=True):
+            if value is not None:
+                told = f"{where}perplexity at 32k on the Pile (ours: a novel)"
+                yield Published(kind, name, value, told, "read off the figure, +-0.1")
+    for name, shares in zip(runs.OFFICIAL, keys, strict=False):
+        for kind, value in zip((runs.BASE, runs.ZEROS, runs.FITTED), shares, strict=True):
+            told = f"{where}passkey at 128k, mean of three depths"
+            yield Published(kind, f"{runs.PASSKEY}, {name}", value, told, "read off the figure")
+    for kind, value in ((runs.ZEROS, 0.27), (runs.PASSING, 0.47)):
+        told = f"{where}table of copying, +-0.03 without and +-0.11 with state passing"
+        yield Published(kind, runs.COPYING, value, told, "read exactly off the image of the table")
+
+
+LOWER = (
+    ("loss_1x", "loss at the training length"), ("loss_8x", "at 8x"), ("loss_64x", "at 64x"),
+    ("loss_last", "at the end"), ("rise", "rise from the training length"), ("remembrance", "remembrance beyond 4x"),
+    ("std_1x", "std of the state"), ("std_8x", "std at 8x"),
+)  # fmt: skip
+TABLE = Table(
+    name="length_generalization",
+    title="Length generalisation",
+    paper="2507.02782, figures, and the table of copying",
+    cells=runs.cells,
+    measures=(
+        Measure("perplexity_16x", "perplexity at 16x", "{:.2f}", "lower"),
+        Measure("token_accuracy", "character accuracy"),
+        Measure("passkey_64x", "passkey at 64x"),
+        *(Measure(name, title, "{:.3f}", "lower") for name, title in LOWER),
+        *(Measure(f"passkey_{k}x", f"at {k}x") for k in (1, 2, 4, 8, 16)),
+        Measure("reach", "longest with half of the keys", "{:,.0f}"),
+        Measure("last", "tokens", "{:,.0f}"),
+    ),
+    seeds=dict.fromkeys(Scale, 1),
+    published=tuple(_published()),
+    claims=(
+        Claim("bases diverge beyond their training length", PAPER, lambda results: bool(diverged(results))),
+        Claim("state passing and truncated BPTT keep the loss flat to the end", PAPER, flat),
+        Claim("fitted noise helps, noise less", PAPER, below(runs.FITTED, runs.BASE, runs.ZEROS, runs.NOISE)),
+        Claim("state passing lowers remembrance", PAPER, below(runs.PASSING, runs.BASE, metric="remembrance")),
+        Claim("state passing helps to copy what is 3 times longer and more", PAPER, copies),
+        Claim("with fitted noise passkeys are found further away", PAPER, reaches),
+    ),
+    plot=plot,
+    options=runs.Options(),
+)
+
+if __name__ == "__main__":
+    main(TABLE)
