@@ -64,11 +64,9 @@ def provenance(results: Results, folder: str = "") -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The mean, and the range of several values."""
-    mean = form.format(statistics.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+    """The mean, and the range of values that differ."""
+    mean, least, most = (form.format(f(values)) for f in (statistics.mean, min, max))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def published_for(table: Table, entry: Entry) -> Published | None:
