@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.harness.lengths import Pretrained, Trained, for_run
 from experiments.harness.table import Outcome, Work
 from experiments.harness.tasks import Counted
 from experiments.harness.text import Encode
+from seqmodels import params
 from seqmodels.data.tasks import Passkey
+from seqmodels.data.tasks.base import stack
 from seqmodels.data.tasks.passkey import QUESTION
 from seqmodels.train.config import TrainConfig
+from seqmodels.typing import Segments
 
 FOUND = 0.5  # of the keys, at all depths together: that length is reached
 
@@ -77,30 +82,24 @@ def tokenised(task: Passkey, encode: Encode, vocabulary: int) -> Passkey:
 
 def retrieval(model: Any, task: Passkey, *, size: int, chunk: int, seed: int = 0) -> dict[str, float]:
     """The task's metrics over `size` test rows at once, whose text is read in chunks with a carried state."""
-    import jax
-    import jax.numpy as jnp
-
-    from seqmodels import params
-    from seqmodels.data.tasks.base import stack
-    from seqmodels.typing import Segments
-
     definition, arrays = params.split(model)
-
-    @jax.jit
-    def read(arrays: Any, state: Any, tokens: Any, start: Any, valid: Any) -> Any:
-        model = params.merge(definition, arrays)
-        hidden, state, _ = model.forward(tokens, state, Segments(start, valid))
-        return state, model.logits(hidden[:, -answer:]).argmax(-1)
-
     source = task.source(seed, size, "test")
     batch = stack([source[index] for index in range(size)])
     answer = int(batch["scored"].sum(axis=1).max())
     missing = -task.length % chunk  # padding before the start, so that all answers stand in the last chunk
     padded = {name: np.pad(batch[name], ((0, 0), (missing, 0))) for name in ("tokens", "start", "valid")}
-    state, said = model.init_state(size, task.length), jnp.zeros((size, answer), jnp.int32)
+    state, said = model.init_state(size, task.length), None
     for at in range(0, task.length + missing, chunk):
         piece = {name: array[:, at : at + chunk] for name, array in padded.items()}
-        state, said = read(arrays, state, **piece)
+        state, said = _read(definition, answer, arrays, state, **piece)
     predictions = np.zeros((size, task.length), np.int32)
     predictions[:, -answer:] = said
     return task.metrics(predictions, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(definition: Any, answer: int, arrays: Any, state: Any, tokens: Any, start: Any, valid: Any) -> Any:
+    """The state after a chunk, and what the model says after its last `answer` tokens."""
+    model = params.merge(definition, arrays)
+    hidden, state, _ = model.forward(tokens, state, Segments(start, valid))
+    return state, model.logits(hidden[:, -answer:]).argmax(-1)
