@@ -5,11 +5,13 @@ The environment is set before anything imports jax. `JAX_PLATFORMS` can be given
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 FAKE_DEVICES = 8
 
@@ -50,20 +52,33 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what is compiled once for several tests stays in one process.
+def group_of(nodeid: str) -> str:
+    """What is compiled once for several tests: all there is to a mixer in tests/mixers, and each other file."""
+    file, _, rest = nodeid.partition("::")
+    if "/mixers/" in file and "[" in rest:
+        for part in rest[rest.index("[") + 1 : -1].split("-"):
+            if part in _mixers():
+                return part
+    return file
 
-    That is all there is to a mixer in tests/mixers, and each other file.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = item.path.name
-        call = getattr(item, "callspec", None)
-        if item.path.parent.name == "mixers" and call is not None:
-            group = str(call.params.get("name", group))
-        item.add_marker(pytest.mark.xdist_group(group))
+
+@functools.cache
+def _mixers() -> frozenset[str]:
+    from seqmodels.mixers import examples
+
+    return frozenset(name for name, _ in examples())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n 2 --dist loadgroup`: a group stays in one process (xdist 3.8 cannot mark tests of pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
 
 
 TESTS_BETWEEN = 10
@@ -77,10 +92,10 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
     A program is some ten memory mappings, of which Linux gives a process 65,530, and about a megabyte.
     """
-    groups = [[mark.args for mark in one.iter_markers("xdist_group")] for one in (item, nextitem) if one is not None]
-    limit = TOO_MANY_MAPPINGS if groups[0] == groups[-1] else MANY_MAPPINGS
+    same = nextitem is None or group_of(nextitem.nodeid) == group_of(item.nodeid)
+    limit = TOO_MANY_MAPPINGS if same else MANY_MAPPINGS
     mappings = Path("/proc/self/maps")
-    if (limit == MANY_MAPPINGS or next(_tests) % TESTS_BETWEEN == 0) and mappings.exists():
+    if (not same or next(_tests) % TESTS_BETWEEN == 0) and mappings.exists():
         with mappings.open() as lines:
             many = sum(1 for _ in lines) > limit
         if many:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 from experiments.harness import Cell, Claim, Measure, Outcome, Published, Results, Scale, Table, Work, main
 
+HELD = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
     """Scores `score` plus its seed. `fail`: raise while the file of that name is there. `pieces`: of `pause` seconds,
-    each kept, so that a stop loses none."""
+    each kept, so that a stop loses none; `hold`: before piece HELD, wait for the file of that name."""
 
     score: float
     rate: float = 1.0
     fail: str | None = None
     pieces: int = 1
     pause: float = 0.0
+    hold: str | None = None
 
     def run(self, work: Work) -> Outcome:
         if self.fail is not None and Path(self.fail).exists():
@@ -28,6 +31,8 @@ class Toy:
         kept = work.folder / "pieces"
         done = len(kept.read_text()) if kept.exists() else 0
         for piece in range(done, self.pieces):
+            while self.hold is not None and piece == HELD and not Path(self.hold).exists():
+                time.sleep(0.05)
             time.sleep(self.pause)
             with kept.open("a") as file:
                 file.write("x")
@@ -41,7 +46,7 @@ BASE = Toy(0.25)
 
 def cells(scale: Scale) -> list[Cell]:
     if scale == Scale.GPU:
-        return [Cell("slow", "first", dataclasses.replace(BASE, pieces=40, pause=0.1), BASE)]
+        return [Cell("slow", "first", dataclasses.replace(BASE, pieces=6, pause=0.1, hold="go"), BASE)]
     found = [Cell("one", "first", BASE, BASE)]
     for rate in (0.5, 2.0):
         found.append(Cell("swept [-1, 1]", "first", Toy(0.5 * rate, rate), BASE, variant=f"rate {rate:g}"))

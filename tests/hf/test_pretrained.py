@@ -26,6 +26,8 @@ from tests.hf import models
 
 MODEL = models.MAMBA2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
