@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from experiments.presets import PRESETS, Experiment
+from seqmodels.host import keep_freed_memory
 from seqmodels.train.interrupt import Interrupted
 from seqmodels.train.run import as_json, differences, read_record
 
@@ -150,6 +151,7 @@ def load_run(folder: str | Path) -> Run:
 
 def guarded(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(arguments)`; errors that a user can act on become one line and a status, signals their own."""
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # while training, the loop saves first
     # a warning to the user needs no place in the source; the others are for developers and keep theirs
     formatted = warnings.formatwarning

@@ -125,7 +125,8 @@ def _ours(folder: str, tokens: np.ndarray) -> tuple[Compiled, Callable[[], Any],
 
     def loss(arrays: Any, tokens: Any) -> Any:
         logits, _ = params.merge(definition, arrays)(tokens)
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+        # the last token has no next one; as in the peer, losses are cut off, not logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.roll(tokens, -1, axis=1))[:, :-1].mean()
 
     def step(arrays: Any, moments: Any, tokens: Any) -> Any:
         value, slope = jax.value_and_grad(loss)(arrays, tokens)

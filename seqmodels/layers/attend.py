@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from seqmodels import compat
 from seqmodels.operators.softmax import Softmax, merge_softmax, softmax_mean, softmax_of
 
-# Beyond this many queries the scores are computed in blocks and recomputed in the backward pass.
-QUERY_BLOCK = 512
+# Queries whose scores are computed at once, and recomputed in the backward pass, where there are more than four times
+# as many. Whole scores are also slower: outside a loop XLA works out the mask again for every use of a score.
+QUERY_BLOCK = 128
+CAUSAL_SPANS = 4
 # A window narrower than this is still computed in blocks of this length: smaller matrix products would not pay.
 WINDOW_BLOCK = 256
 
@@ -52,14 +54,25 @@ class Scoring(NamedTuple):
 
 
 def attend(
-    queries: Queries, keys: Sequence[Keys], scoring: Scoring, *, block: int = QUERY_BLOCK
+    queries: Queries, cached: Keys | None, keys: Keys, scoring: Scoring, *, block: int = QUERY_BLOCK
 ) -> Float[Array, "B T H V"]:
-    """softmax(scores) v over the visible keys of all `keys` together.
+    """softmax(scores) v over the visible keys among `cached`, if any, and `keys`, those of the queries' own T tokens.
 
     H is a multiple of G; head h reads group h // (H/G). Scores and softmax are at least float32. A query that sees
-    nothing yields zero. At most `block` queries have their scores in memory at once.
+    nothing yields zero. Of more than 4 `block` queries only a block's scores are in memory at once; under causality a
+    quarter of the queries sees the keys up to its own end, so that 5/8 of T^2 scores are computed.
     """
-    return softmax_mean(_in_blocks(queries, keys, scoring, block)).astype(queries.query.dtype)
+    length = queries.query.shape[1]
+    pieces = lambda own: (own,) if cached is None else (cached, own)
+    if length <= CAUSAL_SPANS * block:
+        return softmax_mean(_partial(queries, pieces(keys), scoring)).astype(queries.query.dtype)
+    span = -(-length // CAUSAL_SPANS) if scoring.causal else length
+    parts = []
+    for start in range(0, length, span):
+        some = jax.tree.map(lambda x, start=start: x[:, start : start + span], queries)
+        own = jax.tree.map(lambda x, start=start: x[:, : start + span], keys)
+        parts.append(softmax_mean(_in_blocks(some, pieces(own), scoring, block)))
+    return jnp.concatenate(parts, axis=1).astype(queries.query.dtype)
 
 
 def attend_over_devices(
@@ -69,7 +82,7 @@ def attend_over_devices(
     scoring: Scoring,
     axis_name: str,
     *,
-    block: int = QUERY_BLOCK,
+    block: int = CAUSAL_SPANS * QUERY_BLOCK,
 ) -> Float[Array, "B T H V"]:
     """`attend` inside `shard_map`, with queries and `keys` divided along time over a mesh axis in order of its devices.
 
@@ -108,7 +121,7 @@ def attend_in_window(
         raise ValueError(f"attend_in_window needs a causal window, not {scoring}; attend sees whole documents")
     block = max(scoring.window, block)
     if length <= block:
-        return attend(queries, (keys,) if cached is None else (cached, keys), scoring, block=block)
+        return attend(queries, cached, keys, scoring, block=block)
     if cached is None:
         cached = jax.tree.map(lambda x: jnp.zeros_like(x[:, :1]), keys)
     before = jax.tree.map(lambda x: _padded(x, block), cached)

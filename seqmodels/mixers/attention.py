@@ -162,7 +162,7 @@ class Attention(nnx.Module):
         if axis is not None:
             out = attend_over_devices(queries, cached, keys, scoring, axis)
         elif config.window is None:
-            out = attend(queries, (keys,) if cached is None else (cached, keys), scoring)
+            out = attend(queries, cached, keys, scoring)
         else:
             out = attend_in_window(queries, cached, keys, scoring)
         if config.window is None:

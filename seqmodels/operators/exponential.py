@@ -53,12 +53,11 @@ def exponential_recurrence(eps: float = EPS) -> Recurrence:
     """
 
     def emit(inputs: Exponential, state: ExponentialState, reset: Bool[Array, "C"]) -> Array:
-        query, log_forget, log_input = _wide(inputs.query), _wide(inputs.log_forget), _wide(inputs.log_input)
-        segment = jnp.cumsum(reset.astype(jnp.int32))
-        reach = jnp.where(segment == 0, jnp.cumsum(log_forget) + state.log_max, -jnp.inf)
+        query, log_input = _wide(inputs.query), _wide(inputs.log_input)
+        log_forget = jnp.where(reset, -jnp.inf, _wide(inputs.log_forget))  # nothing before a reset reaches beyond it
+        reach = jnp.cumsum(log_forget) + state.log_max
         inside = sums_between(log_forget) + log_input[None]
-        inside = jnp.where(segment[:, None] == segment[None], inside, -jnp.inf)
-        log_max = larger(reach, _largest(inside))
+        log_max = larger(reach, _maxima(inside, log_forget, log_input))
         carried = _weight(reach, log_max)
         scores = compat.wide_einsum("ik,jk->ij", inputs.query, inputs.key) * _weight(inside, log_max[:, None])
         values = inputs.value
@@ -111,6 +110,24 @@ def _largest(x: Float[Array, "*C C"]) -> Float[Array, "*C"]:
     """The maximum over the last axis; as `larger`, with its gradient for exactly one entry."""
     place = jnp.argmax(x, axis=-1, keepdims=True)
     return jnp.sum(jnp.where(jax.lax.broadcasted_iota(place.dtype, x.shape, x.ndim - 1) == place, x, 0), axis=-1)
+
+
+def _maxima(
+    inside: Float[Array, "C C"], log_forget: Float[Array, "C"], log_input: Float[Array, "C"]
+) -> Float[Array, "C"]:
+    """`_largest(inside)`, whose gradient takes the way of m_t = max(log_forget_t + m_{t-1}, log_input_t) from m = -inf.
+
+    That is as many steps as C has digits, over spans of 1, 2, 4, ... tokens up to each, where an index costs C^2. The
+    values have to be those of `inside`: beside large gates, sums of another order can be far above all of them.
+    """
+    span, way, shift = log_forget, log_input, 1
+    while shift < span.shape[0]:
+        before = lambda x, empty, shift=shift: jnp.concatenate([jnp.full_like(x[:shift], empty), x[:-shift]])
+        way = larger(way, span + before(way, -jnp.inf))
+        span = span + before(span, 0)
+        shift *= 2
+    nothing = jnp.where(way == -jnp.inf, 0, way - jax.lax.stop_gradient(way))
+    return jax.lax.stop_gradient(jnp.max(inside, axis=1)) + nothing
 
 
 def _weight(log: Array, log_max: Array) -> Array:

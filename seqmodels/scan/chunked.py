@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ from seqmodels.scan.recurrence import (
 )
 
 DEFAULT_CHUNK = 64
+# A chunk alone is too little work for a device, or for two cores; and what is kept for more tokens than these is no
+# longer small beside their inputs.
+TOKENS_AT_ONCE = 1024
 
 
 def scan_chunks(
@@ -47,9 +51,11 @@ def scan_chunks(
     if whole < length:
         carry, outputs = body(carry, take(xs, slice(whole, None)))
         parts.append(outputs)
-    if len(parts) == 1:
-        return carry, parts[0]
-    return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+    return carry, _joined(parts)
+
+
+def _joined(parts: list[Tree]) -> Tree:
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
 
 
 def _as_bools(reset: jax.Array | None, inputs: Tree) -> jax.Array:
@@ -72,24 +78,52 @@ def chunked(
     valid: jax.Array | None,
     chunk: int,
 ) -> tuple[Tree, Tree]:
-    """Outputs and state chunk by chunk; inputs are already free of padding values."""
+    """Outputs and state chunk by chunk; inputs are already free of padding values.
+
+    With `fold` and `emit`, the chunks of TOKENS_AT_ONCE tokens are folded side by side, only their states follow one
+    another, and then all are read side by side.
+    """
     state, initial = settle(recurrence, take(inputs, 0), state)
     length = jax.tree.leaves(inputs)[0].shape[0]
-
-    def matmul_form(state: Tree, xs: tuple[Tree, Any, Any]) -> tuple[Tree, Tree]:
-        inputs, reset, valid = xs
-        assert recurrence.emit is not None
-        outputs = zero_invalid(recurrence.emit(inputs, state, _as_bools(reset, inputs)), valid)
-        flag, element = chunk_element(recurrence, inputs, reset, valid)
-        before = state if reset is None else select(flag, initial, state)
-        return cast_like(act(recurrence, element, before), state), outputs
 
     def elementwise(state: Tree, xs: tuple[Tree, Any, Any]) -> tuple[Tree, Tree]:
         outputs, after = associative(recurrence, xs[0], state, xs[1], xs[2])
         return cast_like(after, state), outputs
 
-    body = elementwise if recurrence.emit is None else matmul_form
-    state, outputs = scan_chunks(body, state, (inputs, reset, valid), length, chunk)
+    def across(state: Tree, span: tuple[jax.Array, Tree]) -> tuple[Tree, Tree]:
+        flag, element = span
+        before = state if reset is None else select(flag, initial, state)
+        return cast_like(act(recurrence, element, before), state), state
+
+    def read(inputs: Tree, state: Tree, reset: jax.Array | None, valid: jax.Array | None) -> Tree:
+        assert recurrence.emit is not None
+        return zero_invalid(recurrence.emit(inputs, state, _as_bools(reset, inputs)), valid)
+
+    def side_by_side(state: Tree, xs: tuple[Tree, Any, Any], size: int) -> tuple[Tree, Tree]:
+        inputs, reset, valid = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), xs)
+        spans = jax.vmap(functools.partial(chunk_element, recurrence))(inputs, reset, valid)
+        if spans[0].shape[0] == 1:
+            state, before = across(state, take(spans, 0))
+            before = jax.tree.map(lambda x: x[None], before)
+        else:
+            state, before = lax.scan(across, state, spans)
+        outputs = jax.vmap(read)(inputs, before, reset, valid)
+        return state, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outputs)
+
+    def matmul_form(state: Tree, xs: tuple[Tree, Any, Any]) -> tuple[Tree, Tree]:
+        steps = jax.tree.leaves(xs)[0].shape[0]
+        whole, parts = steps - steps % chunk, []
+        for start, end, size in ((0, whole, chunk), (whole, steps, steps - whole)):
+            if start < end:
+                state, outputs = side_by_side(state, take(xs, slice(start, end)), size)
+                parts.append(outputs)
+        return state, _joined(parts)
+
+    if recurrence.emit is None:
+        state, outputs = scan_chunks(elementwise, state, (inputs, reset, valid), length, chunk)
+    else:
+        at_once = chunk * max(1, min(length, TOKENS_AT_ONCE) // chunk)
+        state, outputs = scan_chunks(matmul_form, state, (inputs, reset, valid), length, at_once)
     return outputs, state
 
 

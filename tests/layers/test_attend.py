@@ -40,13 +40,14 @@ def tokens(window: int | None) -> tuple[Queries, Keys, Keys]:
 
 
 @pytest.mark.parametrize(
-    ("scoring", "block"), [(Scoring(), 36), (Scoring(slopes=tuple(alibi_slopes(HEADS)), logits_cap=2.0), 8)]
+    ("scoring", "block"),
+    [(Scoring(), 4), (Scoring(slopes=tuple(alibi_slopes(HEADS)), logits_cap=2.0), 8), (Scoring(causal=False), 8)],
 )
 def test_blocks_of_queries_equal_all_at_once(scoring: Scoring, block: int) -> None:
     queries, cached, own = tokens(None)
 
     def loss(queries, cached, own, block):
-        out = attend(queries, (cached, own), scoring, block=block)
+        out = attend(queries, cached, own, scoring, block=block)
         return jnp.sum(jnp.sin(out)), out
 
     grad = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True, allow_int=True), static_argnums=3)
@@ -63,13 +64,13 @@ def test_window_in_blocks_equals_masked_attention(window: int, with_cache: bool)
     both = jax.jit(
         lambda queries, cache, own: (
             attend_in_window(queries, cache, own, scoring, block=8),
-            attend(queries, (own,) if cache is None else (cache, own), scoring),
+            attend(queries, cache, own, scoring),
         )
     )
     blocked, direct = both(queries, cache, own)
     chex.assert_trees_all_close(blocked, direct, rtol=ROUNDING, atol=ROUNDING)
     # The direct form sees the window: more keys give other outputs.
-    wider = attend(queries, (own,), Scoring(window + 1))
+    wider = attend(queries, None, own, Scoring(window + 1))
     assert float(jnp.max(jnp.abs(wider - direct))) > 0.01
 
 
@@ -79,8 +80,7 @@ def test_unfilled_keys_may_hold_anything(form) -> None:
     scoring = Scoring(4)
 
     def run(query, cached, own):
-        queries_ = queries._replace(query=query)
-        return form(queries_, (cached, own), scoring) if form is attend else form(queries_, cached, own, scoring)
+        return form(queries._replace(query=query), cached, own, scoring)
 
     def poison(keys):
         mask = keys.filled[..., None, None]
@@ -97,16 +97,16 @@ def test_unfilled_keys_may_hold_anything(form) -> None:
 def test_a_query_that_sees_nothing_yields_zero_and_no_gradient() -> None:
     queries, _, own = tokens(None)
     alone = own._replace(filled=jnp.zeros_like(own.filled))
-    y, pull = jax.vjp(lambda query: attend(queries._replace(query=query), (alone,), Scoring()), queries.query)
+    y, pull = jax.vjp(lambda query: attend(queries._replace(query=query), None, alone, Scoring()), queries.query)
     chex.assert_trees_all_equal((y, pull(jnp.ones_like(y))[0]), (jnp.zeros_like(y), jnp.zeros_like(queries.query)))
 
 
 def test_scores_of_any_size_neither_overflow_nor_vanish() -> None:
     queries, _, own = tokens(None)
-    y = attend(queries._replace(query=1e4 * queries.query), (own,), Scoring())
+    y = attend(queries._replace(query=1e4 * queries.query), None, own, Scoring())
     chex.assert_tree_all_finite(y)
     own = own._replace(filled=jnp.ones_like(own.filled))
-    y = attend(queries._replace(query=1e4 * queries.query), (own,), Scoring(1))
+    y = attend(queries._replace(query=1e4 * queries.query), None, own, Scoring(1))
     chex.assert_trees_all_close(y, jnp.repeat(own.value, HEADS // GROUPS, axis=2), rtol=ROUNDING, atol=ROUNDING)
 
 

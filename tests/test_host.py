@@ -1,0 +1,47 @@
+"""What `keep_freed_memory` is for: a program that runs again does not wait for its memory again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+from seqmodels.host import keep_freed_memory
+if "keep" in sys.argv:
+    print(keep_freed_memory())
+import jax, jax.numpy as jnp
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.sin(x))))  # sorting needs its input in memory
+x = jnp.ones(1 << 22)
+for _ in range(3):
+    run(x).block_until_ready()
+before = faults()
+for _ in range(10):
+    run(x).block_until_ready()
+print((faults() - before) / 10)
+"""
+PAGES = (1 << 24) / 4096  # of its input alone
+
+
+def run(*arguments: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_was_freed_is_kept() -> None:
+    (without,), (kept, faults) = run(), run("keep")
+    assert kept == "True"
+    assert float(without) > PAGES / 2  # otherwise this shows nothing
+    assert float(faults) < float(without) / 5
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seqmodels import host
+
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: object())
+    assert not host.keep_freed_memory()
