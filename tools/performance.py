@@ -31,7 +31,8 @@ def peers(rows: list[dict[str, Any]]) -> str:
     """A line a system: tokens a second of both, their ratio, the share of the rate of products."""
     peer = rows[1]["implementation"]
     lines = [
-        f"| system | tokens/s here | {peer} | times | share of the rate of products | {peer.split()[0]}' share | error |",
+        f"| system | tokens/s here | {peer} | times | share of the rate of products | {peer.split()[0]}' share "
+        "| error |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
@@ -44,7 +45,7 @@ def peers(rows: list[dict[str, Any]]) -> str:
         )
     first = rows[0]
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "python") if name in first["versions"])
-    where = f"*{first['threads']} cores ({first['device']}), {versions}, commit {first['commit'][:7]}, seed {first['seed']}.*"
+    where = f"*{first['device']}, {versions}, commit {first['commit'][:7]}, seed {first['seed']}.*"
     return "\n".join([*lines, "", where])
 
 

@@ -43,29 +43,33 @@ def _decode(name: str, config: Any, contexts: tuple[int, ...], seed: int) -> Ite
     x = jnp.asarray(random.standard_normal((1, longest, WIDTH)), jnp.float32)
 
     @functools.partial(jax.jit, static_argnames="fresh")
-    def span(arrays: Any, x: Any, state: Any, fresh: bool = False) -> Any:
-        return params.merge(definition, arrays)(x, state, Context.whole(*x.shape[:2], fresh=fresh))
+    def span(arrays: Any, x: Any, state: Any, begin: Any, fresh: bool = False) -> Any:
+        context = Context.whole(*x.shape[:2], fresh=fresh, offset=begin)
+        return params.merge(definition, arrays)(x, state, context)
 
-    def steps(arrays: Any, x: Any, state: Any) -> Any:
-        def body(state: Any, token: Any) -> Any:
-            y, state = params.merge(definition, arrays)(token[None, None], state, Context.whole(1, 1, fresh=False))
-            return state, y[0, 0]
+    def steps(arrays: Any, x: Any, state: Any, begin: Any) -> Any:
+        def body(carry: tuple[Any, Any], token: Any) -> Any:
+            state, place = carry
+            context = Context.whole(1, 1, fresh=False, offset=place)
+            y, state = params.merge(definition, arrays)(token[None, None], state, context)
+            return (state, place + 1), y[0, 0]
 
-        return jax.lax.scan(body, state, x[0])
+        return jax.lax.scan(body, (state, begin), x[0])
 
     runs, states, programs = {}, {}, {}
     for context in contexts:
         state = mixer.init_state(1, context + DECODED)
         for begin in range(0, context, PIECE):
-            _, state = span(arrays, x[:, begin : min(begin + PIECE, context)], state, fresh=begin == 0)
-        tail = x[:, context : context + DECODED]
-        programs[context] = compiled(steps, arrays, tail, state)
-        decoded = programs[context].run(arrays, tail, state)[1]
+            _, state = span(arrays, x[:, begin : min(begin + PIECE, context)], state, jnp.int32(begin), begin == 0)
+        tail, end = x[:, context : context + DECODED], jnp.int32(context)
+        programs[context] = compiled(steps, arrays, tail, state, end)
+        decoded = programs[context].run(arrays, tail, state, end)[1]
         # all tokens at once, from the beginning; the scores of full attention would be too many for that
         full = isinstance(config, AttentionConfig)
-        expected = span(arrays, tail, state)[0][0] if full else span(arrays, x[:, : context + DECODED], None, True)[0]
+        known = (tail, state, end) if full else (x[:, : context + DECODED], None, jnp.int32(0), True)
+        expected = span(arrays, *known)[0]
         error = verify(f"{name} after {context} tokens", decoded, expected.reshape(-1, WIDTH)[-DECODED:], TOLERANCE)
-        runs[str(context)] = functools.partial(programs[context].run, arrays, tail, state)
+        runs[str(context)] = functools.partial(programs[context].run, arrays, tail, state, end)
         states[context] = (size_of(state), error)
     times = side_by_side(runs, budget=1.0, least=9)
     for context in contexts:
