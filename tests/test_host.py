@@ -15,8 +15,8 @@ if "keep" in sys.argv:
     print(keep_freed_memory())
 import jax, jax.numpy as jnp
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-run = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.sin(x))))  # sorting needs its input in memory
-x = jnp.ones(1 << 22)
+run = jax.jit(lambda x: jnp.sum(jnp.sin(x) @ x[:2048, :64]))  # a product needs its inputs in memory
+x = jnp.ones((6144, 2048))
 for _ in range(3):
     run(x).block_until_ready()
 before = faults()
@@ -24,7 +24,7 @@ for _ in range(10):
     run(x).block_until_ready()
 print((faults() - before) / 10)
 """
-PAGES = (1 << 24) / 4096  # of its input alone
+PAGES = 6144 * 2048 * 4 / 4096  # of its input alone
 
 
 def run(*arguments: str) -> list[str]:

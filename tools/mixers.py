@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
+from decimal import ROUND_UP, Context
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,15 @@ def _errors(evidence: dict[str, dict[str, float]], own: list[str], published: st
         for path, error in evidence[name].items():
             files[path] = max(error, files.get(path, 0.0))
     for path, error in files.items():
-        yield f"[{Path(path).stem}]({path}) {error:.0e}"
+        yield f"[{Path(path).stem}]({path}) {_above(error)}"
     for model in published.split():
         for package, error in evidence[model].items():
-            yield f"{package.split()[0]}' {model} {error:.0e}"
+            yield f"{package.split()[0]}' {model} {_above(error)}"
+
+
+def _above(error: float) -> str:
+    """One digit, rounded up: no error seen was larger."""
+    return f"{float(Context(prec=1, rounding=ROUND_UP).create_decimal(error)):.0e}"
 
 
 def _named(name: str, file: str, note: str) -> str:

@@ -211,7 +211,7 @@ MODELS = (
         "rwkv4 rwkv6 rwkv7",
         "RWKV channel mix",
         "versions 4, 6, 7",
-        "2305.13048 2503.14456",
+        "2305.13048 2404.05892 2503.14456",
         "layers/rwkv_channel.py",
         _one(RWKVChannelConfig()),
         "rwkv",

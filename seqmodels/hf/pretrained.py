@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -213,5 +214,9 @@ def _tokenizer(directory: Path) -> Any | None:
     try:
         import tokenizers
     except ImportError:
+        warnings.warn(
+            f"{path} is not read: the package tokenizers is missing (pip install tokenizers); the tokenizer is None",
+            stacklevel=3,
+        )
         return None
     return tokenizers.Tokenizer.from_file(str(path))

@@ -36,8 +36,9 @@ class Mamba1Config(MixerConfig):
     At initialisation exp(a_log) is 1, 2, ..., state_size (S4D-real), softplus(dt_bias) log-uniform in `step_range`,
     skip 1, and matrices uniform in +-1/sqrt(fan-in), W_out also divided by sqrt(depth). Biases of the matrices and of
     the convolution start at 0 (the authors' convolution draws its own like its taps). `chunk`: steps whose states the
-    backward pass makes again at once, None for the operator's own choice. No array [T, D, N] is ever made: beside its
-    inputs and outputs a training step holds 4 B D N (T / chunk + chunk) bytes, times up to 1.5 as compiled.
+    backward pass makes again at once, None for the operator's own choice. No array [T, D, N] is made, but by
+    `method="associative"`: beside its inputs and outputs a training step, a token at a time, holds
+    4 B D N (T / chunk + chunk) bytes, times up to 1.5 as compiled.
     """
 
     expansion: float = 2.0

@@ -1,4 +1,5 @@
-"""The selective scan of Mamba (arXiv 2312.00752): a state of [D, N] whose elements exist inside a chunk only."""
+"""The selective scan of Mamba (arXiv 2312.00752): a state of [D, N]; its elements exist inside a chunk only, but with
+`associative`, which holds all of them."""
 
 from __future__ import annotations
 

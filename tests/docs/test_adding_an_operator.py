@@ -88,6 +88,7 @@ def code(page: str) -> Iterator[dict[str, Any]]:
         del sys.modules["page"]
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(code: dict[str, Any]) -> None:
     """Its own assertions hold, training starts near guessing, and the plot has what was measured."""
     (run,) = code["runs"].values()
@@ -97,6 +98,7 @@ def test_the_code_of_the_page_runs(code: dict[str, Any]) -> None:
     assert np.isclose(line.get_ydata().mean(), code["found"]["compass"].mean())
 
 
+@pytest.mark.slow
 def test_the_game_is_the_one_that_the_page_describes(code: dict[str, Any]) -> None:
     """Against cups that are swapped by hand."""
     batch = code["games"](np.random.default_rng(5), batch=6, length=50, mean=7)

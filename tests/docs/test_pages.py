@@ -52,6 +52,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
+@pytest.mark.slow
 def test_the_code_of_the_readme_runs(quick_compilation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)

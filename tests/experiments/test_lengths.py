@@ -79,6 +79,7 @@ def test_windows_stand_for_themselves_or_go_on() -> None:
     np.testing.assert_array_equal(spread_rows(TEXT, rows=3, length=100)[:, 0], TEXT[[0, 250, 500]])
 
 
+@pytest.mark.slow
 def test_a_base_is_trained_once_and_gone_on_from(
     quick_compilation: None, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def raises(self: Windows) -> None:
     raise InterruptedError
 
 
+@pytest.mark.slow
 def test_a_psm_has_losses_and_remembrance_but_no_state(quick_compilation: None, short: None) -> None:
     from experiments import zoo
 
@@ -147,6 +149,7 @@ def test_a_passkey_cell(quick_compilation: None, short: None, tmp_path: Path) ->
     assert told.metrics["reach"] in (0, 80, 160)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_cells_and_its_place_is_no_setting(
     quick_compilation: None, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

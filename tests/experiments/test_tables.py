@@ -94,6 +94,7 @@ def toy(**changes: Any) -> TaskRun:
     return dataclasses.replace(run, test_batch=4, **changes)
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_stopped_in_training_ends_as_one_that_was_not(
     quick_compilation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

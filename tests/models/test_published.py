@@ -66,7 +66,23 @@ def test_patterns() -> None:
     assert runs([matrix, matrix]) == (((matrix,), 2),)
 
 
-@pytest.mark.parametrize("config", [xlstm(3, 16, 11, slstm_at=(1,), heads=2), xlstm_7b(2, 16, 11)])
+def small(config: ModelConfig) -> ModelConfig:
+    """A published Griffin or Hawk with as few channels as its heads and blocks leave room for, and two layers."""
+    (pattern, _), *_ = config.layers
+    unit = dataclasses.replace(pattern[0], recurrent_size=32)
+    local = [dataclasses.replace(pattern[-1], heads=2, head_size=8, window=3)] if len(pattern) > 1 else []
+    return dataclasses.replace(config, width=16, layers=(((unit, *local), 1),))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        xlstm(3, 16, 11, slstm_at=(1,), heads=2),
+        xlstm_7b(2, 16, 11),
+        small(griffin("100M", 11)),
+        small(hawk("100M", 11)),
+    ],
+)
 def test_small_ones_run_and_carry_their_state(config: ModelConfig, quick_compilation: None) -> None:
     model = config.make(rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 11, (1, 8))

@@ -81,6 +81,7 @@ def test_generation_goes_on_where_the_prompt_ends(version: int) -> None:
         whole = np.concatenate([whole, chosen[:, None]], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_published_values_over_devices(check_vma: bool) -> None:
     """Time over eight devices equals one device, from nothing and from a carried state, another mixer in between."""

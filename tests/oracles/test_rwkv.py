@@ -91,7 +91,7 @@ def three_layers(arrays: Any, x: np.ndarray, groups: tuple[int, ...], eps: float
     return x
 
 
-@pytest.mark.parametrize("groups", [(3,), (1, 2)], ids=str)
+@pytest.mark.parametrize("groups", [(3,), pytest.param((1, 2), marks=pytest.mark.slow)], ids=str)
 def test_the_first_layers_values_reach_every_later_layer(groups: tuple[int, ...]) -> None:
     """A language model of three RWKV-7 layers against its oracles layer by layer, in one call and in two.
 

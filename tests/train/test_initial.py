@@ -93,6 +93,7 @@ def test_zeros_are_the_step_without_a_state() -> None:
     chex.assert_trees_all_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_truncated_bptt_is_one_forward_pass_cut_into_gradients() -> None:
     batches = take(streams())
     found = run(STREAMED, batches)

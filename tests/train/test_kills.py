@@ -43,6 +43,7 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_killed_during_a_save_goes_on_to_the_bit(tmp_path):
     config = tiny_config(steps=QUICK_STEPS, checkpoint_every=QUICK_EVERY)
     run = lambda workdir: train(tiny_model(), loader(), config, workdir=workdir, quiet=True)

@@ -83,6 +83,7 @@ def test_a_signal_saves_first(tmp_path, whole, signum, at):
     assert losses(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_goes_on_to_the_bit(tmp_path, whole):
     model = tiny_model(dropout=0.2)
     config = tiny_config(steps=STEPS)

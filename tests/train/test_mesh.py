@@ -78,6 +78,7 @@ def every_layer_config(*names: str, **settings: Any) -> ModelConfig:
     return ModelConfig(VOCABULARY, WIDTH, ((pattern, 2),), channel=MLPConfig(expansion=1), **settings)
 
 
+@pytest.mark.slow
 @quick
 def test_data_fsdp_and_sequence_together() -> None:
     names = ("rg_lru", "attention")
@@ -124,6 +125,7 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
         chex.assert_trees_all_close(run(steps=3, **changes), whole, rtol=RUN, atol=RUN)
 
 
+@pytest.mark.slow
 @quick
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Any) -> None:
     """Stopped after two steps and again after four, on other meshes, as if it had always been one device."""
