@@ -37,7 +37,7 @@ def test_memory_that_was_freed_is_kept() -> None:
     (without,), (kept, faults) = run(), run("keep")
     assert kept == "True"
     assert float(without) > PAGES / 2  # otherwise this shows nothing
-    assert float(faults) < float(without) / 5
+    assert float(faults) < float(without) / 2  # some comes from the system in any case
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
