@@ -9,10 +9,10 @@ from flax import nnx
 
 from seqmodels import ModelConfig, params
 from seqmodels.hf.recurrent_gemma import embed_scale
-from seqmodels.layers import Activation, Block, MLPConfig, NormConfig
+from seqmodels.layers import Activation, Block, MLPConfig, MoEConfig, NormConfig
 from seqmodels.layers.norms import NormKind
 from seqmodels.layers.rwkv_channel import RWKVChannelConfig
-from seqmodels.mixers import AttentionConfig, Mamba2Config, MLSTMConfig, RGLRUConfig
+from seqmodels.mixers import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, MLSTMConfig, RGLRUConfig
 from seqmodels.mixers.mamba1 import Mamba1Config
 from seqmodels.mixers.rwkv4 import RWKV4Config
 
@@ -23,6 +23,14 @@ _recurrent, _local = (
     RGLRUConfig(recurrent_size=56, blocks=4, bias=True),
     AttentionConfig(heads=4, kv_heads=2, window=5, rope_fraction=0.5, output_bias=True),
 )
+_zero_centred = NormConfig(eps=1e-6, zero_centred=True)
+_delta, _gated = (
+    GatedDeltaNetConfig(heads=2, value_heads=4, key_size=8, value_size=10, norm_eps=1e-6),
+    AttentionConfig(
+        heads=4, kv_heads=2, head_size=12, query_key_norm=_zero_centred, output_gate=True, rope_fraction=0.5
+    ),
+)
+_experts = MoEConfig(experts=4, top_k=2, hidden_size=12, shared_hidden_size=20)
 _mlp = MLPConfig(hidden_size=20, activation=Activation.GELU, bias=True)
 MODELS: dict[str, ModelConfig] = {
     "mamba": ModelConfig(11, 32, (((Mamba1Config(inner_size=40, state_size=6, bias=True),), 2),)),
@@ -49,6 +57,13 @@ MODELS: dict[str, ModelConfig] = {
         (((Block(RWKV4Config(recurrent_size=24), RWKVChannelConfig(version=4, hidden_size=40)),), 2),),
         norm=NormConfig(kind=NormKind.LAYER, eps=1e-5),
         embedding_norm=True,
+    ),
+    "qwen3_next": ModelConfig(
+        11,
+        32,
+        (((Block(_delta, _experts), Block(_gated, MLPConfig(hidden_size=26, activation=Activation.SILU))), 2),),
+        tied=False,
+        norm=_zero_centred,
     ),
 }
 
