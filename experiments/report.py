@@ -55,15 +55,17 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(table.name for table, _ in tables()))
         return
     entries = [line for table, about in tables() for line in entry(table, about, options)]
-    text = options.page.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(
-            f"{options.page} lacks the lines {BEGIN} and {END}, between which the tables stand: put them in"
-        )
-    options.page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(entries) + f"\n{END}{after}")
+    write_between(options.page, BEGIN, END, "\n" + "\n".join(entries))
     print(f"written: {options.page}")
+
+
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts a text between two lines of a page. Raises ValueError where it lacks them."""
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} lacks the lines {begin} and {end}, between which the tables stand: put them in")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def entry(table: Table, about: str, options: Options) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 # mallopt(3), glibc's malloc.h: (parameter, value)
 ONE_ARENA = (-8, 1)  # the others are too small for a program's memory, which then comes from the system after all
@@ -19,6 +20,8 @@ def keep_freed_memory() -> bool:
     model's. The commands of `experiments` call this; a script of your own calls it before anything else. The process
     then stays as large as it ever was.
     """
+    if sys.platform != "linux":
+        return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.__main__ import parts, table
+from experiments.report import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -53,9 +54,7 @@ def main(path: str) -> None:
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     beside = [row for row in rows if row["bench"] == "peers"]
     if beside:
-        text = README.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        README.write_text(f"{before}{BEGIN}\n{peers(beside)}\n{END}{after}")
+        write_between(README, BEGIN, END, peers(beside))
     if len(beside) < len(rows):
         head = PAGE.read_text().split("\n## scan\n")[0].rstrip()
         others = [row for row in rows if row["bench"] != "peers"]

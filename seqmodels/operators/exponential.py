@@ -126,8 +126,8 @@ def _maxima(
         way = larger(way, span + before(way, -jnp.inf))
         span = span + before(span, 0)
         shift *= 2
-    nothing = jnp.where(way == -jnp.inf, 0, way - jax.lax.stop_gradient(way))
-    return jax.lax.stop_gradient(jnp.max(inside, axis=1)) + nothing
+    slope_alone = jnp.where(way == -jnp.inf, 0, way - jax.lax.stop_gradient(way))
+    return jax.lax.stop_gradient(jnp.max(inside, axis=1)) + slope_alone  # 0, with a gradient
 
 
 def _weight(log: Array, log_max: Array) -> Array:

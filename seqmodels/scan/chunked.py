@@ -1,4 +1,4 @@
-"""`lax.scan` over chunks, with `fold` and `emit` (or an associative scan) inside each."""
+"""`lax.scan` over chunks: several at a time with `fold` and `emit`, or an associative scan inside each."""
 
 from __future__ import annotations
 

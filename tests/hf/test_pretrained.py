@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,10 @@ def test_a_tokenizer_beside_the_model(folder: Path) -> None:
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(folder / "tokenizer.json"))
     assert load_pretrained(folder)[1].encode("a b b").ids == [0, 1, 1]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.warns(UserWarning, match=r"tokenizer\.json is not read: .*pip install tokenizers"):
+        assert load_pretrained(folder)[1] is None

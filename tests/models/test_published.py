@@ -67,7 +67,7 @@ def test_patterns() -> None:
 
 
 def small(config: ModelConfig) -> ModelConfig:
-    """A published Griffin or Hawk with as few channels as its heads and blocks leave room for, and two layers."""
+    """Griffin or Hawk with few channels: one recurrent layer, and Griffin's local one."""
     (pattern, _), *_ = config.layers
     unit = dataclasses.replace(pattern[0], recurrent_size=32)
     local = [dataclasses.replace(pattern[-1], heads=2, head_size=8, window=3)] if len(pattern) > 1 else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import chex
@@ -13,6 +14,7 @@ import pytest
 from jax.test_util import check_grads
 
 from seqmodels.operators import diagonal_scan, gated_linear_attention
+from seqmodels.operators.exponential import mlstm_scan
 from seqmodels.typing import Segments
 
 # float32 rounding (6e-8) over 70 steps with sums of 8 products.
@@ -229,3 +231,28 @@ def test_the_xla_programs_lower_for_accelerators(platform: str) -> None:
     for kind in ("gentle", "gentle per head"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(query, _decays(kind))
         assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("family", ["outer", "exponential"])
+def test_several_groups_of_chunks_equal_a_token_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four groups of four chunks side by side, then a chunk and half a chunk: values, states and gradients."""
+    monkeypatch.setattr(importlib.import_module("seqmodels.scan.chunked"), "TOKENS_AT_ONCE", 16)
+    query, key, value, _ = _qkv()
+    gates = jax.random.normal(jax.random.key(5), (2, B, T, H))
+    log_decay = -jnp.exp(gates[0] - 2)
+
+    def run(query: Any, key: Any, value: Any, log_decay: Any, log_input: Any, **options: Any) -> Any:
+        if family == "outer":
+            return gated_linear_attention(query, key, value, log_decay, segments=_segments(), **options)
+        query, key = (jnp.repeat(x, H // G, axis=2) for x in (query, key))
+        return mlstm_scan(query * K**-0.5, key, value, log_input, log_decay, segments=_segments(), **options)
+
+    def loss(*inputs: Any, **options: Any) -> Any:
+        out, state = run(*inputs, **options)
+        finite = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), state)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves((out, finite))), (out, finite)
+
+    grad = lambda **options: jax.jit(jax.grad(functools.partial(loss, **options), (0, 1, 2, 3, 4), has_aux=True))
+    inputs = (query, key, value, log_decay, gates[1])
+    found, expected = grad(method="chunked", chunk=4)(*inputs), grad(method="sequential")(*inputs)
+    chex.assert_trees_all_close(found, expected, rtol=ROUNDING, atol=ROUNDING)
