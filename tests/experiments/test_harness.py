@@ -102,7 +102,7 @@ def test_a_stopped_table_goes_on_where_it_was(here: Path, stop: int) -> None:
     run("--scale", "gpu")
     (row,) = rows_of("gpu")
     assert row["metrics"]["began_at"] == HELD
-    assert row["seconds"] >= 6 * 0.1  # those before the stop count too
+    assert row["seconds"] > 0.5  # six pieces of 0.1: those before the stop count too
     assert not any(Path("runs/tables/toy/gpu").glob("*/"))
 
 
