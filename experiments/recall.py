@@ -9,9 +9,11 @@ Power and filler: in the settings of Zoology queries follow the pairs closely (p
 those of 2506.10918, and at cpu, queries are spread evenly (power 1), at cpu among zeros. State bytes (one sequence,
 float32) stand beside accuracy: the plot is their trade-off.
 
-Cost: smoke, seconds. cpu: vocabulary 512, length 64, 8 pairs, widths 16, 32 and 64, six models, two rates, one seed.
-gpu: Zoology's lengths 64 to 256, 4,000 steps of 256 rows, two rates, nine models; aimed at 30 minutes on one H100.
-paper: 100,000 rows for 64 epochs, four rates, lengths 64 to 512, and both tasks.
+Cost: smoke, seconds. cpu: vocabulary 512, length 64, 8 pairs, widths 16, 32 and 64, six models, two rates, one seed,
+600 steps of 64 rows, the first 300 on 4 pairs in 16 tokens and 8 in 32: about COST minutes on 2 cores. There a layer of
+attention over two tokens stands before one layer of each mixer, as the short convolutions of Zoology's later grid
+(2402.18668) do, no MLP follows, and attention knows no positions. gpu: Zoology's lengths 64 to 256, 4,000 steps of 256
+rows, nine models; aimed at 30 minutes on one H100. paper: 100,000 rows for 64 epochs, four rates, and both tasks.
 """
 
 from __future__ import annotations
@@ -30,24 +32,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ATTENTION, FIGURE, SOLVED = "attention", "2312.04927, Figure 2", 0.99
-NAMES = {
-    ATTENTION: "Transformer",
-    "sliding attention": "sliding attention",
-    "PSM, chunk 32": "",
-    "Mamba-2": "Mamba-2",
-    "GLA": "GLA",
-    "Gated DeltaNet": "Gated DeltaNet [0, 1]",
-    "PSM, chunk 64": "",
-    "mLSTM": "mLSTM",
-    "Griffin": "Griffin",
-}
+MODELS = (ATTENTION, "sliding attention", "PSM, chunk 32", "Mamba-2", "GLA", "Gated DeltaNet")
+MORE = ("PSM, chunk 64", "mLSTM", "Griffin")
+ZOO = {ATTENTION: "Transformer", "Gated DeltaNet": "Gated DeltaNet [0, 1]"}  # names there, where they differ
 RECURRENT = ("Mamba-2", "GLA", "Gated DeltaNet", "mLSTM", "Griffin")
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)  # logspace(-4, -2, 4)
-SHORTER = {
-    Scale.SMOKE: {"steps": 20, "rows": 8, "test_size": 16},
-    Scale.CPU: {"steps": 1_000, "rows": 64, "test_size": 512},
-    Scale.GPU: {"steps": 4_000, "rows": 256, "test_size": 1_000},
-}
+SHORTER = {Scale.SMOKE: (20, 8, 16), Scale.CPU: (600, 64, 1_000), Scale.GPU: (4_000, 256, 1_000)}  # steps, rows, tests
+SMALL = MQAR(64, 8, vocab_size=512, power_a=1.0)
+CURRICULUM = tuple((150, dataclasses.replace(SMALL, length=n, pairs=n // 4)) for n in (16, 32))
 TRAINING = TrainConfig(batch_size=512, weight_decay=0.1, betas=(0.9, 0.999), final_fraction=0.0)
 
 
@@ -56,7 +48,15 @@ def build(name: str, width: int, length: int, window: int) -> ModelConfig:
     if name.startswith("PSM"):
         return zoo.psm(width, chunk=int(name.split()[-1]), aggregator=2, inference=2, heads=1)
     positions = {"learned_positions": length} if "attention" in name else {}
-    return zoo.model(NAMES[name], width, 2, heads=1 if "attention" in name else 2, window=window, **positions)
+    return zoo.model(ZOO.get(name, name), width, 2, heads=1 if "attention" in name else 2, window=window, **positions)
+
+
+def small(name: str, width: int) -> ModelConfig:
+    """One layer of the mixer behind one of attention over two tokens."""
+    if name.startswith("PSM"):
+        return zoo.after_pairs(zoo.psm(width, chunk=int(name.split()[-1]), heads=1))
+    mixer = "Transformer, NoPE" if name == ATTENTION else ZOO.get(name, name)
+    return zoo.after_pairs(zoo.model(mixer, width, 1, heads=1 if "attention" in name else 2, channel=None))
 
 
 def parent(task: MQAR, width: int, rate: float) -> TaskRun:
@@ -70,18 +70,16 @@ def parent(task: MQAR, width: int, rate: float) -> TaskRun:
 
 def grid(scale: Scale) -> list[tuple[str, MQAR, tuple[int, ...], tuple[float, ...], tuple[str, ...]]]:
     """`(name, task, widths, learning rates, models)` of a scale."""
-    names = tuple(NAMES)
-    small = MQAR(64, 8, vocab_size=512, power_a=1.0)
     zoology = [(f"length {n}, {TASKS[f'mqar_{n}'].pairs} pairs", TASKS[f"mqar_{n}"]) for n in (64, 128, 256, 512)]
     spread = [("length 512, 8 pairs, spread evenly", TASKS["mqar_512_uniform"])]
     match scale:
         case Scale.SMOKE:
-            return [("length 64, 8 pairs", small, (16,), RATES[2:3], (ATTENTION, "Mamba-2"))]
+            return [("length 64, 8 pairs", SMALL, (16,), RATES[2:3], (ATTENTION, "Mamba-2"))]
         case Scale.CPU:
-            return [("length 64, 8 pairs", small, (16, 32, 64), RATES[2:], names[:6])]
+            return [("length 64, 8 pairs", SMALL, (16, 32, 64), RATES[2:], MODELS)]
         case Scale.GPU:
-            return [(name, task, (64, 128), RATES[2:], names) for name, task in zoology[:3]]
-    return [(name, task, (64, 128, 256, 512), RATES, names) for name, task in (*zoology, *spread)]
+            return [(name, task, (64, 128), RATES[2:], MODELS + MORE) for name, task in zoology[:3]]
+    return [(name, task, (64, 128, 256, 512), RATES, MODELS + MORE) for name, task in (*zoology, *spread)]
 
 
 def cells(scale: Scale) -> list[Cell]:
@@ -92,8 +90,10 @@ def cells(scale: Scale) -> list[Cell]:
                 for rate in rates:
                     base = parent(task, width, rate)
                     run = dataclasses.replace(base, model=build(name, width, task.length, task.length // 4))
-                    if scale != Scale.PAPER:
-                        run = run.shorter(**SHORTER[scale])
+                    if scale in SHORTER:
+                        run = run.shorter(**dict(zip(("steps", "rows", "test_size"), SHORTER[scale], strict=True)))
+                    if scale == Scale.CPU:
+                        run = dataclasses.replace(run, model=small(name, width), curriculum=CURRICULUM)
                     variant = f"rate {rate:g}" if len(rates) > 1 else ""
                     found.append(Cell(name, f"{title}, width {width}", run, base, variant))
     return found

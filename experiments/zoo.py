@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from seqmodels.layers.mlp import MLPConfig
@@ -79,3 +80,8 @@ def psm(
         causal_aggregator=causal_aggregator,
     )
     return ModelConfig(1, width, (((scan,), 1),), remat=False)
+
+
+def after_pairs(model: ModelConfig) -> ModelConfig:
+    """The model behind a layer of attention over two tokens, which does what a short convolution would."""
+    return dataclasses.replace(model, layers=(((AttentionConfig(heads=2, window=2),), 1), *model.layers))

@@ -1,8 +1,8 @@
-"""Makes notebooks/new_operator.ipynb from docs/adding_an_operator.md, executes it, and puts the outputs into both.
+"""Makes notebooks from pages of docs/, executes them, and puts the outputs into both.
 
-    python tools/notebook.py
+    python tools/notebook.py [NAME]
 
-The page is the source. A code block is a cell, marked `python` or, where it only shows something, `python aside`; a
+A page is the source. A code block is a cell, marked `python` or, where it only shows something, `python aside`; a
 `text` block or an image right after one is its output, which a run replaces.
 """
 
@@ -10,16 +10,36 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "adding_an_operator.md"
-NOTEBOOK = ROOT / "notebooks" / "new_operator.ipynb"
-PLOT = ROOT / "docs" / "images" / "new_operator.png"
+LEFT = ROOT / "runs" / "notebook"  # what a notebook keeps, so that a second run would find its work done
 
 BLOCK = re.compile(r"^```python( aside)?\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^\n(```text\n.*?^```\n|!\[[^\n]*\n)", re.MULTILINE | re.DOTALL)
+
+
+class Source(NamedTuple):
+    """A page, the notebook made from it, and its one plot."""
+
+    page: Path
+    notebook: Path
+    plot: Path
+
+
+def _source(page: str, name: str) -> Source:
+    return Source(
+        ROOT / "docs" / f"{page}.md", ROOT / "notebooks" / f"{name}.ipynb", ROOT / "docs/images" / f"{name}.png"
+    )
+
+
+NEW_OPERATOR = _source("adding_an_operator", "new_operator")
+REPRODUCE = _source("reproduce_a_table", "reproduce_a_table")
+SOURCES = (NEW_OPERATOR, REPRODUCE)
 
 
 class Cell(NamedTuple):
@@ -50,7 +70,7 @@ def notebook(page: str) -> Any:
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for number, (kind, text) in enumerate(cells(page)):
         if kind == "prose":
-            text = text.replace("](architecture.md", "](../docs/architecture.md").replace("](../notebooks/", "](")
+            text = re.sub(r"\]\(([\w-]+\.md)", r"](../docs/\1", text).replace("](../notebooks/", "](")
             cell = nbformat.v4.new_markdown_cell(text)
         else:
             cell = nbformat.v4.new_code_cell(text, metadata={"tags": ["aside"]} if kind == "aside" else {})
@@ -63,6 +83,7 @@ def execute(book: Any, timeout: int = 900) -> Any:
     """Runs the notebook from its own folder, with the project importable."""
     from nbclient import NotebookClient
 
+    shutil.rmtree(LEFT, ignore_errors=True)
     NotebookClient(book, timeout=timeout, resources={"metadata": {"path": str(ROOT)}}).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times of the run
@@ -79,7 +100,7 @@ def pictures(cell: Any) -> list[bytes]:
     return [base64.b64decode(each["image/png"]) for each in data if "image/png" in each]
 
 
-def with_outputs(page: str, book: Any) -> str:
+def with_outputs(page: str, book: Any, plot: Path) -> str:
     """The page with every cell's output after it."""
     outputs = iter([cell for cell in book.cells if cell.cell_type == "code"])
     parts, position = [], 0
@@ -92,23 +113,33 @@ def with_outputs(page: str, book: Any) -> str:
         if printed(cell):
             parts.append(f"\n```text\n{printed(cell)}```\n")
         if pictures(cell):
-            parts.append(f"\n![{PLOT.stem.replace('_', ' ')}]({PLOT.relative_to(PAGE.parent).as_posix()})\n")
+            parts.append(f"\n![{plot.stem.replace('_', ' ')}](images/{plot.name})\n")
     return "".join(parts) + page[position:]
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    """Writes the notebooks of these names; all of them where there is none."""
+    known = {source.notebook.stem: source for source in SOURCES}
+    unknown = set(names) - set(known)
+    if unknown:
+        raise SystemExit(f"error: no notebook is named {', '.join(unknown)}; there are {', '.join(known)}")
+    for source in [known[name] for name in names or known]:
+        write(source)
+
+
+def write(source: Source) -> None:
     import nbformat
 
-    page = PAGE.read_text()
+    page = source.page.read_text()
     book = execute(notebook(page))
-    NOTEBOOK.parent.mkdir(exist_ok=True)
-    nbformat.write(book, NOTEBOOK)
+    source.notebook.parent.mkdir(exist_ok=True)
+    nbformat.write(book, source.notebook)
     (picture,) = [picture for cell in book.cells if cell.cell_type == "code" for picture in pictures(cell)]
-    PLOT.parent.mkdir(exist_ok=True)
-    PLOT.write_bytes(picture)
-    PAGE.write_text(with_outputs(page, book))
-    print(f"wrote {NOTEBOOK.relative_to(ROOT)}, {PLOT.relative_to(ROOT)} and the outputs in {PAGE.relative_to(ROOT)}")
+    source.plot.parent.mkdir(exist_ok=True)
+    source.plot.write_bytes(picture)
+    source.page.write_text(with_outputs(page, book, source.plot))
+    print("\n".join(f"written: {path.relative_to(ROOT)}" for path in source))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -5,7 +5,7 @@ A table is one module of `experiments` with a `TABLE` (docs/reproducing.md shows
     python -m experiments.NAME --scale smoke|cpu|gpu|paper
 """
 
-from experiments.harness.command import main
+from experiments.harness.command import main, run
 from experiments.harness.results import NotTested, Results
 from experiments.harness.table import Cell, Claim, Measure, Outcome, Published, Scale, Table, Work
 
@@ -21,4 +21,5 @@ __all__ = [
     "Table",
     "Work",
     "main",
+    "run",
 ]

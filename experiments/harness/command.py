@@ -17,6 +17,7 @@ import tyro
 from experiments.command import guarded
 from experiments.harness.cell import RUN_CELL, run_cell
 from experiments.harness.places import Places, SlurmPlaces, local_places
+from experiments.harness.results import Results
 from experiments.harness.rows import Rows
 from experiments.harness.runner import Runner
 from experiments.harness.table import Cell, Scale, Table
@@ -58,6 +59,21 @@ def command(table: Table, module: str, about: str, arguments: Sequence[str]) -> 
     options = tyro.cli(_kind(table), prog=f"python -m {module}", description=about, args=arguments)
     if table.options is not None:
         table = table.given({field.name: getattr(options, field.name) for field in dataclasses.fields(table.options)})
+    _run(table, module, about, options)
+
+
+def run(table: Table, scale: Scale, *, module: str | None = None, about: str = "", **options: Any) -> Results:
+    """Runs what a table lacks at a scale and writes its report, as its command does; returns what its rows say.
+
+    `options` are those of the command (`only`, `seeds`, `results`, `workers`, `slurm`). Cells are processes that
+    import the table from `module`, by default experiments.NAME; `about` heads the report. Raises ValueError where cells
+    failed.
+    """
+    rows = _run(table, module or f"experiments.{table.name}", about, Options(scale=scale, **options))
+    return Results(table, scale, rows.found(table.at(scale)))
+
+
+def _run(table: Table, module: str, about: str, options: Options) -> Rows:
     results = options.results or _results(table, options.scale)
     cells = chosen(table.at(options.scale), options.only)
     seeds = range(table.seeds[options.scale] if options.seeds is None else options.seeds)
@@ -68,7 +84,7 @@ def command(table: Table, module: str, about: str, arguments: Sequence[str]) -> 
         for cell in cells:
             ready = sum(rows.done(cell, seed) for seed in seeds)
             print(f"{cell.name}: {ready} of {len(seeds)} seeds")
-        return
+        return rows
     failed: list[str] = []
     try:
         failed = Runner(table, module, rows, WORK, _places(table, options)).run(cells, seeds)
@@ -83,6 +99,7 @@ def command(table: Table, module: str, about: str, arguments: Sequence[str]) -> 
             f"{len(failed)} cells failed ({', '.join(failed)}): their folders in {WORK / table.name} say why; "
             "the same command tries them again"
         )
+    return rows
 
 
 def _kind(table: Table) -> Any:
