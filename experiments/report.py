@@ -3,7 +3,8 @@
     python -m experiments.report
 
 Every module of `experiments` with a `TABLE` is one entry: what it claims, the verdicts, and the plot of the largest
-scale that was run. What stands outside the two markers of the page is left as it is.
+scale that was run. The README shows the verdicts and the plot of one table, SHOWN. What stands outside the two markers
+of a page is left as it is.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import tyro
 import experiments
 from experiments.command import guarded
 from experiments.harness.command import RESULTS
-from experiments.harness.report import provenance, verdicts, write_report
+from experiments.harness.report import UNTESTED, provenance, verdicts, write_report
 from experiments.harness.results import Results
 from experiments.harness.rows import Rows
 from experiments.harness.table import Scale, Table
 
 PAGE = Path("docs/reproducing.md")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+FINDING, END_FINDING = "<!-- finding: begin -->", "<!-- finding: end -->"
+SHOWN = "formal_languages"
 SCALES = (Scale.PAPER, Scale.GPU, Scale.CPU)  # the largest first; smoke is no result
 
 
@@ -35,6 +38,8 @@ SCALES = (Scale.PAPER, Scale.GPU, Scale.CPU)  # the largest first; smoke is no r
 class Options:
     page: Path = PAGE
     """The page whose part between the markers is written."""
+    readme: Path = Path("README.md")
+    """The page that shows what one table found."""
     results: Path = RESULTS
     """Where the tables' rows are."""
     list: bool = False
@@ -54,9 +59,12 @@ def main(arguments: Sequence[str]) -> None:
     if options.list:
         print("\n".join(table.name for table, _ in tables()))
         return
-    entries = [line for table, about in tables() for line in entry(table, about, options)]
+    known = list(tables())
+    entries = [line for table, about in known for line in entry(table, about, options)]
     write_between(options.page, BEGIN, END, "\n" + "\n".join(entries))
-    print(f"written: {options.page}")
+    (shown,) = [table for table, _ in known if table.name == SHOWN]
+    write_between(options.readme, FINDING, END_FINDING, "\n".join(finding(shown, options)))
+    print(f"written: {options.page}, {options.readme}")
 
 
 def write_between(page: Path, begin: str, end: str, text: str) -> None:
@@ -94,6 +102,22 @@ def entry(table: Table, about: str, options: Options) -> Iterator[str]:
         if scale in ready:
             yield from shown(table, ready[scale])
             return
+
+
+def finding(table: Table, options: Options) -> Iterator[str]:
+    """The verdicts and the plot of a table's largest scale, for a page at the project's root."""
+    for scale in SCALES:
+        results = Results(table, scale, Rows(options.results / table.name, scale).found(table.at(scale)))
+        if not any(entry.rows for entry in results.entries):
+            continue
+        yield f"`python -m experiments.{table.name} --scale {scale}` ({table.paper}):"
+        yield ""
+        for text, _, verdict, read in verdicts(results):
+            if verdict != UNTESTED:
+                yield f"- {text}: **{verdict}** ({read})"
+        yield ""
+        yield f"![{table.title}](experiments/results/{table.name}/{scale}.png)"
+        return
 
 
 def shown(table: Table, results: Results) -> Iterator[str]:

@@ -73,16 +73,22 @@ def test_reports_are_what_their_rows_say(name: str, scale: Scale, tmp_path: Path
 
 def test_the_page_is_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_report", lambda *_: [])
-    page = tmp_path / "page.md"
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main(["--page", str(page), "--results", str(RESULTS)])
-    inside = lambda text: text.split(report.BEGIN)[1].split(report.END)[0]
+    readme.write_text(f"{report.FINDING}\n{report.END_FINDING}\n")
+    arguments = ["--page", str(page), "--readme", str(readme), "--results", str(RESULTS)]
+    report.main(arguments)
+    inside = lambda path, begin, end: path.read_text().split(begin)[1].split(end)[0]
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("\nafter\n")
-    assert inside(page.read_text()) == inside((ROOT / report.PAGE).read_text())
+    for found, kept, marks in (
+        (page, ROOT / report.PAGE, (report.BEGIN, report.END)),
+        (readme, ROOT / "README.md", (report.FINDING, report.END_FINDING)),
+    ):
+        assert inside(found, *marks) == inside(kept, *marks)
     page.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the lines"):
-        report.main(["--page", str(page), "--results", str(RESULTS)])
+        report.main(arguments)
 
 
 def toy(**changes: Any) -> TaskRun:
