@@ -13,14 +13,17 @@ Loss by position: 32 rows of a held-out novel to 64 times the training length, o
 same option only; at paper, folders named as its headings fill these. Data: gutenberg_books below SEQMODELS_DATA; smoke
 joins files of cpython.
 
-Cost: smoke, a minute or two, nearly all of it compilation. cpu: two layers of width 64, length 32, aimed at 45 minutes
-on 2 cores; decays start about a hundred times slower than published, as models of this size else forget within a few
+Positions differ in their text too: by up to 0.06 nats at cpu, as the models show that do not diverge.
+
+Cost: smoke, a minute or two, nearly all of it compilation. cpu: two layers of width 64, length 32, about 30 minutes on
+2 cores; decays start about a hundred times slower than published, as models of this size else forget within a few
 bytes, and none diverges. gpu: 8 layers of width 256, length 128; aimed at 30 minutes on one H100. paper: official
 Mamba-2 at length 2048, and bases of that size (GLA at 512), for which the training is not known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -31,15 +34,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER = "2507.02782"
-MARGIN = 0.1  # nats above the base's loss at its training length: diverged
-NAMES = (*runs.RECURRENT, *runs.OFFICIAL)
+MARGIN = 0.1  # nats above the loss at the training length: diverged; and what one share is above another
+NOTHING, LEARNED = 0.005, 0.1  # a difference that is none; characters right beyond guessing (1/26)
 
 
 def diverged(results: Results) -> list[str]:
     """The headings whose base ends above its loss at the training length. Raises NotTested where none does."""
-    ready = [entry.setting for entry in results.entries if entry.model == runs.BASE and entry.rows]
-    names = [name for name in NAMES if name in ready]
-    found = [name for name in names if results.value(runs.BASE, name, "rise") > MARGIN]
+    bases = [entry.setting for entry in results.entries if entry.model == runs.BASE and entry.rows]
+    names = [name for name in bases if name != runs.PSM and not name.startswith(runs.PASSKEY)]
+    found = [name for name in names if results.value(runs.BASE, name, "rise", endless=math.inf) > MARGIN]
     if not found:
         told = f"the base of {', '.join(names)} does not diverge" if names else "no base was run"
         raise NotTested(f"not testable at this scale: {told}")
@@ -50,51 +53,59 @@ def below(kind: str, *others: str, metric: str = "loss_last") -> Callable[[Resul
     """Whether a metric of `kind` is below that of each of `others`, at every heading whose base diverges."""
 
     def test(results: Results) -> bool:
-        value = lambda name, of: results.value(of, name, metric)
-        return all(value(n, kind) < min([value(n, of) for of in others]) for n in diverged(results))
+        value = lambda name, of: results.value(of, name, metric, endless=math.inf)
+        return all(value(n, kind) < min([value(n, of) for of in others]) - NOTHING for n in diverged(results))
 
     return test
 
 
 def flat(results: Results) -> bool:
     """No more than the margin above the base's loss at the training length, where that diverges."""
-    ends = lambda name: [results.value(kind, name, "loss_last") for kind in (runs.PASSING, runs.BPTT)]
-    return all(max(ends(n)) <= results.value(runs.BASE, n, "loss_1x") + MARGIN for n in diverged(results))
+    rise = lambda name, kind: results.value(kind, name, "rise", endless=math.inf)
+    return all(rise(name, kind) <= MARGIN for name in diverged(results) for kind in (runs.PASSING, runs.BPTT))
 
 
 def copies(results: Results) -> bool:
     passing, zeros = (results.value(k, runs.COPYING, "token_accuracy") for k in (runs.PASSING, runs.ZEROS))
-    return passing > zeros
+    if max(passing, zeros) < LEARNED:
+        raise NotTested(f"neither copies more than guessing does: {'; '.join(results.said())}")
+    return passing > zeros + MARGIN
 
 
 def reaches(results: Results) -> bool:
-    return results.value(runs.FITTED, runs.PASSKEY, "reach") > results.value(runs.ZEROS, runs.PASSKEY, "reach")
+    fitted, zeros = (results.value(k, runs.PASSKEY, "reach") for k in (runs.FITTED, runs.ZEROS))
+    if max(fitted, zeros) == 0:
+        raise NotTested(f"no passkey is found at any length: {'; '.join(results.said())}")
+    return fitted > zeros
 
 
 def plot(results: Results, figure: Figure) -> None:
     figure.set_size_inches(15, 14)
-    shown = (("loss", "loss"), ("remembrance", "remembrance"), ("state", "std"), ("passkey", "passkey"))
-    for part, (curve, column) in zip(figure.subfigures(len(shown), 1), shown, strict=True):
-        plots.by_setting(results, part, curve, y=column, x_title="tokens", logarithmic=True)
+    shown = ("loss", "loss", "tokens"), ("remembrance", "remembrance", "tokens back from the end")
+    shown += ("state", "std", "tokens"), ("passkey", "passkey", "tokens")
+    for part, (curve, column, title) in zip(figure.subfigures(len(shown), 1), shown, strict=True):
+        plots.by_setting(results, part, curve, y=column, x_title=title, logarithmic=True)
 
 
 def _published() -> Iterator[Published]:
     kinds = (runs.BASE, runs.NOISE, runs.FITTED, runs.PASSING, runs.BPTT)
     perplexities = ((12.4, 8.75, 7.9, 7.75, 7.7), (None, None, 7.2, 6.87, 6.8), (None, None, 11.7, 6.35, 6.3))
-    keys = ((0.0, 0.35, 0.64), (0.0, 0.0, 1.0))
+    keys = ((0.04, 0.35, 0.64), (0.0, 0.0, 1.0))
     where = f"{PAPER}, authors' blog, "
     for name, values in zip(runs.OFFICIAL, perplexities, strict=True):
         for kind, value in zip(kinds, values, strict=True):
             if value is not None:
                 told = f"{where}perplexity at 32k on the Pile (ours: a novel)"
-                yield Published(kind, name, value, told, "read off the figure, +-0.1")
+                yield Published(kind, name, value, told, "read off the figure, +-0.1", measure="perplexity_16x")
     for name, shares in zip(runs.OFFICIAL, keys, strict=False):
         for kind, value in zip((runs.BASE, runs.ZEROS, runs.FITTED), shares, strict=True):
             told = f"{where}passkey at 128k, mean of three depths"
-            yield Published(kind, f"{runs.PASSKEY}, {name}", value, told, "read off the figure")
+            yield Published(kind, f"{runs.PASSKEY}, {name}", value, told, "read off the figure", measure="passkey_64x")
     for kind, value in ((runs.ZEROS, 0.27), (runs.PASSING, 0.47)):
         told = f"{where}table of copying, +-0.03 without and +-0.11 with state passing"
-        yield Published(kind, runs.COPYING, value, told, "read exactly off the image of the table")
+        yield Published(
+            kind, runs.COPYING, value, told, "exactly, off the image of the table", measure="token_accuracy"
+        )
 
 
 LOWER = (
@@ -119,10 +130,14 @@ TABLE = Table(
     seeds=dict.fromkeys(Scale, 1),
     published=tuple(_published()),
     claims=(
-        Claim("bases diverge beyond their training length", PAPER, lambda results: bool(diverged(results))),
+        Claim("at least one base diverges beyond its training length", PAPER, lambda results: bool(diverged(results))),
         Claim("state passing and truncated BPTT keep the loss flat to the end", PAPER, flat),
-        Claim("fitted noise helps, noise less", PAPER, below(runs.FITTED, runs.BASE, runs.ZEROS, runs.NOISE)),
-        Claim("state passing lowers remembrance", PAPER, below(runs.PASSING, runs.BASE, metric="remembrance")),
+        Claim(
+            "fitted noise helps, more than noise of std 1", PAPER, below(runs.FITTED, runs.BASE, runs.ZEROS, runs.NOISE)
+        ),
+        Claim(
+            "state passing lowers remembrance", PAPER, below(runs.PASSING, runs.BASE, runs.ZEROS, metric="remembrance")
+        ),
         Claim("state passing helps to copy what is 3 times longer and more", PAPER, copies),
         Claim("with fitted noise passkeys are found further away", PAPER, reaches),
     ),

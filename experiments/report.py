@@ -85,7 +85,7 @@ def entry(table: Table, about: str, options: Options) -> Iterator[str]:
         if rows.found(table.at(scale)):
             for path in write_report(table, rows, folder, about):
                 print(f"written: {path}")
-            ready[scale] = Results(table, scale, rows.found(table.at(scale)))
+            ready[scale] = Results.of(table, rows)
     yield from (f"### {table.title}", "")
     yield from (f"`python -m experiments.{table.name} --scale SCALE` ({table.paper})", "", about, "")
     for scale in reversed(SCALES):
@@ -107,7 +107,7 @@ def entry(table: Table, about: str, options: Options) -> Iterator[str]:
 def finding(table: Table, options: Options) -> Iterator[str]:
     """The verdicts and the plot of a table's largest scale, for a page at the project's root."""
     for scale in SCALES:
-        results = Results(table, scale, Rows(options.results / table.name, scale).found(table.at(scale)))
+        results = Results.of(table, Rows(options.results / table.name, scale))
         if not any(entry.rows for entry in results.entries):
             continue
         yield f"`python -m experiments.{table.name} --scale {scale}` ({table.paper}):"

@@ -70,7 +70,7 @@ def run(table: Table, scale: Scale, *, module: str | None = None, about: str = "
     failed.
     """
     rows = _run(table, module or f"experiments.{table.name}", about, Options(scale=scale, **options))
-    return Results(table, scale, rows.found(table.at(scale)))
+    return Results.of(table, rows)
 
 
 def _run(table: Table, module: str, about: str, options: Options) -> Rows:

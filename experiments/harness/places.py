@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class LocalPlaces:
     def start(self, place: int, command: Sequence[str], log: Path) -> Running:
         # pinned by the child's first action: XLA makes as many threads as it may use cores
         pinned = lambda: os.sched_setaffinity(0, self._cores[place])
-        with log.open("ab") as file:
+        with log.open("wb") as file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -92,7 +93,8 @@ def local_places(workers: int | None, *, alone: bool) -> LocalPlaces:
         kind = "accelerators" if devices else "cores"
         raise ValueError(f"--workers is {count}: this machine has {most} {kind}, each for one cell at a time")
     environments = [{variable: device} for device in devices[:count]] if devices and not alone else [{}] * count
-    return LocalPlaces(environments, [cores[place::count] for place in range(count)])
+    # with more accelerators than cores, places share them
+    return LocalPlaces(environments, [cores[place::count] or [cores[place % len(cores)]] for place in range(count)])
 
 
 def _accelerators() -> tuple[str, list[str]]:
@@ -149,4 +151,7 @@ class _Job:
         self._job.cancel(check=False)
 
     def ended(self) -> None:
+        deadline = time.monotonic() + GRACE
+        while not self._job.done(force_check=True) and time.monotonic() < deadline:
+            time.sleep(0.5)
         self._status = 1 if self._status is None else self._status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ REPRODUCED, DIFFERS, UNTESTED = "reproduced", "not reproduced", "not tested at t
 
 def write_report(table: Table, rows: Rows, folder: Path, about: str) -> list[Path]:
     """`SCALE.md`, `SCALE.csv` and `SCALE.png` in `folder`; returns their paths."""
-    results = Results(table, rows.scale, rows.found(table.at(rows.scale)))
+    results = Results.of(table, rows)
     stem = folder / str(rows.scale)
     written = [stem.with_suffix(".md"), stem.with_suffix(".csv")]
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,14 +52,14 @@ def markdown(results: Results, rows: Rows, about: str) -> str:
 
 def provenance(results: Results, folder: str = "") -> str:
     """How the rows came about: command, commits, devices, versions, time. `folder`: where they are, for the link."""
-    rows = [row for entry in results.entries for row in entry.rows]
+    rows = [row for entry in results.entries for _, swept in entry.swept for row in swept]
     told = lambda key: ", ".join(sorted({str(row[key]) for row in rows}))
     versions = sorted({f"jax {row['versions'].get('jax')}, Python {row['versions'].get('python')}" for row in rows})
     commits = sorted({str(row["commit"])[:12] + ("+changes" if "+" in str(row["commit"]) else "") for row in rows})
     seconds = sum(row["seconds"] for row in rows)
     return (
         f"Command: `python -m experiments.{results.table.name} --scale {results.scale}`; "
-        f"{len(rows)} runs shown, {duration(seconds)} of their time together; commit {', '.join(commits)}; "
+        f"{len(rows)} runs, {duration(seconds)} of their time together; commit {', '.join(commits)}; "
         f"{told('device')}; {'; '.join(versions)}. Rows: [{results.scale}.jsonl]({folder}{results.scale}.jsonl)."
     )
 
@@ -69,45 +70,52 @@ def spread(values: Sequence[float], form: str) -> str:
     return mean if least == most else f"{mean} ({least} to {most})"
 
 
-def published_for(table: Table, entry: Entry) -> Published | None:
-    for published in table.published:
-        if (published.model, published.setting) == (entry.model, entry.setting):
-            return published
+def published_for(table: Table, entry: Entry, measure: Measure) -> Published | None:
+    for one in table.published:
+        if (one.model, one.setting) == (entry.model, entry.setting) and _measure(table, one) == measure.name:
+            return one
     return None
+
+
+def _measure(table: Table, published: Published) -> str:
+    return published.measure or table.measures[0].name
 
 
 def _table(results: Results, setting: str) -> Iterator[str]:
     table, entries = results.table, [entry for entry in results.entries if entry.setting == setting]
     shown = [m for m in table.measures if any(entry.values(m.name) for entry in entries)] or list(table.measures[:1])
-    compared = any(published_for(table, entry) for entry in entries)
+    compared = {m.name for m in shown if any(published_for(table, entry, m) for entry in entries)}
     swept = any(entry.variants > 1 for entry in entries)
-    titles = ["model", f"ours: {shown[0].title}", "seeds"]
-    titles += ["published", "difference"] if compared else []
-    titles += [measure.title for measure in shown[1:]] + (["best of the sweep"] if swept else [])
+    titles = ["model", "seeds"]
+    for measure in shown:
+        titles += [f"ours: {measure.title}", "published", "difference"] if measure.name in compared else [measure.title]
+    titles += ["best of the sweep"] if swept else []
     yield f"| {' | '.join(titles)} |"
     yield "|" + "|".join([" --- ", *[" ---: "] * (len(titles) - 1)]) + "|"
     for entry in entries:
-        cells = [entry.model, _value(entry, shown[0]), str(len(entry.rows))]
-        if compared:
-            cells += _compared(table, entry, shown[0])
-        cells += [_value(entry, measure) for measure in shown[1:]]
+        cells = [entry.model, str(len(entry.rows))]
+        for measure in shown:
+            cells += [_value(entry, measure), *(_compared(table, entry, measure) if measure.name in compared else [])]
         cells += [entry.variant or "-"] if swept else []
         yield f"| {' | '.join(cells)} |"
 
 
 def _value(entry: Entry, measure: Measure) -> str:
-    values = entry.values(measure.name)
-    if values:
-        return spread(values, measure.form)
+    values, endless = entry.values(measure.name), entry.endless(measure.name)
+    if values or endless:
+        told = [spread(values, measure.form)] if values else []
+        return ", ".join(told + [f"not finite in {endless}"] * bool(endless))
     return "failed" if entry.failures else "-" if entry.rows else "not run"
 
 
 def _compared(table: Table, entry: Entry, measure: Measure) -> list[str]:
-    published, values = published_for(table, entry), entry.values(measure.name)
+    published, values = published_for(table, entry, measure), entry.values(measure.name)
     if published is None:
         return ["-", "-"]
-    difference = f"{statistics.mean(values) - published.value:+.3f}" if values else "-"
-    return [measure.form.format(published.value), difference]
+    best = max if measure.better == "higher" else min
+    ours = (best if published.over == "best" else statistics.mean)(values) if values else None
+    told = measure.form.format(published.value) + (" (best)" if published.over == "best" else "")
+    return [told, "-" if ours is None else f"{ours - published.value:+.3f}"]
 
 
 def verdicts(results: Results) -> Iterator[tuple[str, str, str, str]]:
@@ -146,20 +154,29 @@ def _sources(published: Sequence[Published]) -> Iterator[str]:
 
 
 def as_csv(results: Results) -> str:
-    """One line a model and setting: mean, least and most of every measure, with the published value."""
+    """One line a model, setting and variant: mean, least and most of every measure, with the published values.
+
+    `chosen` is 1 on the variant that the report shows.
+    """
     table, text = results.table, io.StringIO()
-    columns = ["setting", "model", "variant", "seeds", "failed", "published"]
-    columns += [f"{measure.name}_{what}" for measure in table.measures for what in ("mean", "min", "max")]
+    measured = {_measure(table, one) for one in table.published}
+    columns = ["scale", "setting", "model", "variant", "chosen", "seeds", "failed"]
+    for measure in table.measures:
+        columns += [f"{measure.name}_{what}" for what in ("mean", "min", "max")]
+        columns += [f"{measure.name}_published"] if measure.name in measured else []
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for entry in results.entries:
-        published = published_for(table, entry)
-        line: list[object] = [entry.setting, entry.model, entry.variant, len(entry.rows), len(entry.failures)]
-        line.append("" if published is None else published.value)
-        for measure in table.measures:
-            values = entry.values(measure.name)
-            line += [f"{f(values):.6g}" for f in (statistics.mean, min, max)] if values else [""] * 3
-        writer.writerow(line)
+        for variant, rows in entry.swept:
+            failed = sum(row["config"]["variant"] == variant for row in entry.failures)
+            line: list[object] = [results.scale, entry.setting, entry.model, variant, int(variant == entry.variant)]
+            line += [len(rows), failed]
+            for measure in table.measures:
+                values = dataclasses.replace(entry, rows=rows).values(measure.name)
+                line += [f"{f(values):.6g}" for f in (statistics.mean, min, max)] if values else [""] * 3
+                published = published_for(table, entry, measure)
+                line += [published.value if published else ""] if measure.name in measured else []
+            writer.writerow(line)
     return text.getvalue()
 
 

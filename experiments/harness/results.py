@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
-from experiments.harness.rows import Row
+from experiments.harness.rows import Row, Rows
 from experiments.harness.table import Cell, Measure, Scale, Table
 
 
@@ -24,9 +25,15 @@ class Entry:
     variants: int
     rows: tuple[Row, ...]
     failures: tuple[Row, ...]
+    swept: tuple[tuple[str, tuple[Row, ...]], ...] = ()
+    """Every variant with its rows that did not fail."""
 
     def values(self, metric: str) -> list[float]:
         return [row["metrics"][metric] for row in self.rows if row["metrics"].get(metric) is not None]
+
+    def endless(self, metric: str) -> int:
+        """How many rows have the metric, but not as a finite number."""
+        return sum(metric in row["metrics"] and row["metrics"][metric] is None for row in self.rows)
 
 
 class Results:
@@ -58,7 +65,13 @@ class Results:
             return True, statistics.mean(values) * (1 if self.main.better == "higher" else -1)
 
         best = max(good, key=rank)
-        return Entry(model, setting, best, len(variants), tuple(good[best]), failures)
+        swept = tuple((name, tuple(rows)) for name, rows in good.items())
+        return Entry(model, setting, best, len(variants), tuple(good[best]), failures, swept)
+
+    @classmethod
+    def of(cls, table: Table, rows: Rows) -> Results:
+        """What the rows of a file say of a table as it is now."""
+        return cls(table, rows.scale, rows.found(table.at(rows.scale)))
 
     def entry(self, model: str, setting: str) -> Entry:
         """Raises NotTested where the scale has no such cell, or none of its runs ended well."""
@@ -69,22 +82,37 @@ class Results:
                 return entry
         raise NotTested(f"{model} in {setting} is not run at this scale")
 
-    def value(self, model: str, setting: str, metric: str | None = None, *, over: str = "mean") -> float:
-        """A metric (by default the main one) over seeds: their `mean`, or the `best` of them.
+    def value(
+        self,
+        model: str,
+        setting: str,
+        metric: str | None = None,
+        *,
+        over: Literal["mean", "best"] = "mean",
+        endless: float | None = None,
+    ) -> float:
+        """A metric (by default the main one): its `mean` over seeds, or the `best` of all seeds and variants.
 
-        Raises NotTested where there is none.
+        Raises NotTested where there is none, or where one is not a finite number; `endless` stands for it, where given.
         """
         measure = next((m for m in self.table.measures if m.name == metric), self.main)
         name = metric or self.main.name
-        values = self.entry(model, setting).values(name)
-        if not values:
-            raise NotTested(f"no {name} of {model} in {setting}")
+        entry = self.entry(model, setting)
+        values = entry.values(name)
+        if endless is not None and entry.endless(name):
+            self.read.append(f"{model}, {setting}: not finite")
+            return endless
+        if not values or entry.endless(name):
+            kind = "no finite" if entry.endless(name) else "no"
+            raise NotTested(f"{kind} {name} of {model} in {setting}")
+        form = lambda value: measure.form.format(value) if measure.name == name else f"{value:.3g}"
+        found, told = statistics.mean(values), ""
         if over == "best":
-            found = max(values) if measure.better == "higher" else min(values)
-        else:
-            found = statistics.mean(values)
-        told = measure.form.format(found) if measure.name == name else f"{found:.3g}"
-        self.read.append(f"{model}, {setting}: {told}")
+            runs = [row["metrics"].get(name) for _, rows in entry.swept for row in rows]
+            runs = [value for value in runs if value is not None]
+            found = max(runs) if measure.better == "higher" else min(runs)
+            told = f", best of {len(runs)} runs, whose mean is {form(statistics.mean(runs))}" if len(runs) > 1 else ""
+        self.read.append(f"{model}, {setting}: {form(found)}{told}")
         return found
 
     def models(self, setting: str) -> list[str]:

@@ -45,6 +45,11 @@ def described(cell: Cell) -> dict[str, Any]:
     return told if cell.parent is None else {**told, "changes": differences(settings(cell.parent), own)}
 
 
+def compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes two runs one: a row's `config` without `changes`, which the parent alone may alter."""
+    return {name: value for name, value in config.items() if name != "changes"}
+
+
 class Rows:
     """The rows of one table at one scale, in `FOLDER/SCALE.jsonl`, by (cell, seed); the later of two counts."""
 
@@ -80,7 +85,8 @@ class Rows:
     def of(self, cell: Cell, seed: int) -> Row | None:
         """The row of this cell as it is now; None where it was not run, or with other settings."""
         row = self._rows.get((cell.name, seed))
-        return row if row is not None and row["config"] == json.loads(json.dumps(described(cell))) else None
+        now = json.loads(json.dumps(compared(described(cell))))
+        return row if row is not None and compared(row["config"]) == now else None
 
     def done(self, cell: Cell, seed: int) -> bool:
         """Whether there is a row that does not tell of a failure."""

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,10 @@ from typing import NamedTuple
 from experiments.harness.board import Board
 from experiments.harness.cell import ROW, RUN_CELL, progress_of, slug
 from experiments.harness.places import Places, Running
-from experiments.harness.rows import Row, Rows, described
+from experiments.harness.rows import Row, Rows, compared, described
 from experiments.harness.table import Cell, Table
 
+NOTE = "For simplicity, JAX has removed"  # what jax adds below an exception
 _PAUSE = 0.2  # seconds between two looks at the processes
 
 
@@ -53,7 +55,7 @@ class Runner:
 
     def _folder(self, cell: Cell, seed: int) -> Path:
         """A cell of other settings has another folder, so that none goes on with what it is not."""
-        digest = hashlib.sha256(json.dumps(described(cell)).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(compared(described(cell))).encode()).hexdigest()[:8]
         return self.work / f"{slug(cell.name)}-{seed}-{digest}"
 
     def _run(self, todo: list[Job], board: Board) -> list[str]:
@@ -110,17 +112,19 @@ class Runner:
         lines = []
         with contextlib.suppress(OSError):
             text = (job.folder / "log.txt").read_text(errors="replace")
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            lines = [line.strip() for line in text.splitlines() if line.strip().strip("-")]
+            lines = [line for line in lines if not line.startswith(NOTE)]
         # what a command says to its user, or the end of a traceback
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines
         reason = (said[-1] if said else "it printed nothing")[:300]
+        ended = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
         return {
             "scale": str(self.rows.scale),
             "cell": job.cell.name,
             "seed": job.seed,
             "config": described(job.cell),
             **{"metrics": {}, "curve": {}, "versions": {}, "device": None, "commit": None, "seconds": None},
-            "error": f"exit status {status}: {reason}",
+            "error": f"{ended}: {reason}",
         }
 
     def _told(self, row: Row) -> str:

@@ -83,13 +83,18 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A number from the paper. `where` it stands there; `verified`: how it came here, and how far it was checked."""
+    """A number from the paper. `where` it stands there; `verified`: how it came here, and how far it was checked.
+
+    `measure`: what it is a value of, by default the table's first; `over`: it is the mean over runs, or the best one.
+    """
 
     model: str
     setting: str
     value: float
     where: str
     verified: str
+    measure: str | None = None
+    over: Literal["mean", "best"] = "mean"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_the_table_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     page = REPRODUCE.page.read_text()
     smaller = (
         ("Scale.CPU", "Scale.SMOKE"),
-        ("/rate 0.01", ""),
+        ("/rate 0.01", "/rate 0.003"),
         ("parity/sLSTM", f"parity/{SIGNED}"),
         ('("sLSTM"', f'("{SIGNED}"'),
     )

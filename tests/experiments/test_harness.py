@@ -66,8 +66,8 @@ def test_a_table_keeps_a_row_a_cell_shows_failures_and_tries_them_again(here: Pa
     assert swept["curve"]["loss"]["loss"][-1] is None  # JSON has no NaN
 
     told = Path("results/cpu.md").read_text()
-    assert "| one | 0.750 (0.250 to 1.250) | 2 | 0.500 | +0.250 | 1,000,000 | - |" in told
-    assert "| broken | failed | 0 |" in told
+    assert "| one | 2 | 0.750 (0.250 to 1.250) | 0.500 | +0.250 | 1,000,000 | - |" in told
+    assert "| broken | 0 | failed |" in told
     assert "- second/broken, seed 0: exit status 1: " in told
     by_claim = {text: verdict for text, _, verdict, _ in verdicts(results_of(Scale.CPU))}
     assert by_claim == {"the sweep wins": REPRODUCED, "one is perfect": DIFFERS, "broken is best": UNTESTED}
@@ -124,7 +124,7 @@ def test_a_row_of_other_settings_is_run_again_and_never_shown(here: Path) -> Non
     rows = Rows(Path("results"), Scale.SMOKE)
     assert rows.outdated(cells(Scale.SMOKE)) == ["first/one seed 0"]
     told = markdown(Results(TABLE, Scale.SMOKE, rows.found(cells(Scale.SMOKE))), rows, "")
-    assert "| one | not run |" in told
+    assert "| one | 0 | not run |" in told
     assert "Rows of other settings than today's are left out: first/one seed 0." in told
     run("--scale", "smoke", "--only", "one")
     assert rows_of("smoke")[0]["config"]["settings"] == {"type": "Toy", "score": 0.25}
@@ -135,15 +135,22 @@ def test_a_sweep_is_shown_by_its_best_and_csv_holds_all(here: Path) -> None:
     results = results_of(Scale.SMOKE)
     assert results.entry("swept [-1, 1]", "first").variant == "rate 2"
     assert results.value("swept [-1, 1]", "first") == 1.0
-    assert results.said() == ["swept [-1, 1], first: 1.000"]
+    assert results.value("swept [-1, 1]", "first", over="best") == 1.0
+    told = "swept [-1, 1], first: 1.000"
+    assert results.said() == [told, f"{told}, best of 2 runs, whose mean is 0.625"]
     with pytest.raises(NotTested, match="no run of broken in second"):
         results.value("broken", "second")
     with pytest.raises(NotTested, match="ghost in first is not run at this scale"):
         results.value("ghost", "first")
     lines = as_csv(results).splitlines()
-    assert lines[0].startswith("setting,model,variant,seeds,failed,published,score_mean,score_min,score_max,size_mean")
-    assert lines[1] == "first,one,,1,0,0.5,0.25,0.25,0.25,1e+06,1e+06,1e+06"
-    assert lines[3] == "second,broken,,0,0,,,,,,,"
+    assert lines[0].startswith("scale,setting,model,variant,chosen,seeds,failed,score_mean,score_min,score_max,")
+    assert lines[0].endswith("score_published,size_mean,size_min,size_max")
+    assert lines[1:4] == [
+        "smoke,first,one,,1,1,0,0.25,0.25,0.25,0.5,1e+06,1e+06,1e+06",
+        'smoke,first,"swept [-1, 1]",rate 0.5,0,1,0,0.25,0.25,0.25,,1e+06,1e+06,1e+06',
+        'smoke,first,"swept [-1, 1]",rate 2,1,1,0,1,1,1,,1e+06,1e+06,1e+06',
+    ]
+    assert lines[4] == "smoke,second,broken,,1,0,0,,,,,,,"
 
 
 def test_cells_by_name() -> None:
