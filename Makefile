@@ -56,7 +56,8 @@ $(PARITY): $(STAMP)
 	@touch $(PARITY)
 
 tables-smoke: $(STAMP)  ## Run every paper table with a few steps, to see that all of it runs (some minutes)
-	@for table in $$($(PYTHON) -m experiments.report --list); do \
+	@rm -rf runs/smoke runs/tables/*/smoke
+	@tables=$$($(PYTHON) -m experiments.report --list) && for table in $$tables; do \
 		echo "tables-smoke: $$table"; \
 		$(PYTHON) -m experiments.$$table --scale smoke || exit 1; \
 	done

@@ -55,9 +55,7 @@ def others_fail(results: Results) -> bool:
     """Of those that learned the lengths of training."""
     names = [name for name in MODELS[2:6] if trained(results, name) >= ENOUGH]
     if not names:
-        raise NotTested(
-            f"none of {', '.join(MODELS[2:6])} learned words of up to {TRAINED}: {'; '.join(results.said())}"
-        )
+        raise NotTested(f"none of them learned words of up to {TRAINED}: {'; '.join(results.said())}")
     return max([results.value(name, asked(results)) for name in names]) < ENOUGH / 2
 
 

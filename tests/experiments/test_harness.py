@@ -16,6 +16,7 @@ import pytest
 from experiments.harness import NotTested, Results, Scale
 from experiments.harness.cell import POINTS, slug, thinned
 from experiments.harness.command import chosen, command
+from experiments.harness.command import run as start
 from experiments.harness.report import DIFFERS, REPRODUCED, UNTESTED, as_csv, markdown, verdicts
 from experiments.harness.rows import KEYS, Rows, described, settings
 from seqmodels.train.config import TrainConfig
@@ -104,6 +105,13 @@ def test_a_stopped_table_goes_on_where_it_was(here: Path, stop: int) -> None:
     assert row["metrics"]["began_at"] == HELD
     assert row["seconds"] > 0.5  # six pieces of 0.1: those before the stop count too
     assert not any(Path("runs/tables/toy/gpu").glob("*/"))
+
+
+def test_a_table_runs_from_python_as_from_the_command(here: Path) -> None:
+    found = start(TABLE, Scale.SMOKE, module=MODULE, only=("first",), results=Path("results"))
+    assert found.value("one", "first") == 0.25
+    assert Path("results/smoke.md").exists()
+    assert found.entries == results_of(Scale.SMOKE).entries
 
 
 def test_two_processes_do_not_run_one_table(here: Path) -> None:

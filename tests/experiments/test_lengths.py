@@ -14,14 +14,14 @@ import pytest
 from flax import nnx
 
 from experiments import length_settings
-from experiments.harness import NotTested, Results, Scale, Work, lengths
+from experiments.harness import NotTested, Scale, Work, lengths
 from experiments.harness.cell import run_cell
 from experiments.harness.command import command
 from experiments.harness.passkeys import PasskeyRun, retrieval, tokenised
 from experiments.harness.rows import settings
 from experiments.harness.text import Text, Windows, read_text, spread_rows
-from experiments.length_generalization import TABLE, below, diverged, flat
-from experiments.length_settings import BASE, BPTT, FITTED, PASSING, ZEROS, Options, headings
+from experiments.length_generalization import TABLE, below, copies, diverged, flat, reaches
+from experiments.length_settings import BASE, BPTT, COPYING, FITTED, PASSING, PASSKEY, ZEROS, Options, headings
 from seqmodels import ModelConfig
 from seqmodels.data import DOCUMENT, documents
 from seqmodels.data.tasks import Passkey
@@ -29,6 +29,7 @@ from seqmodels.hf import save_pretrained
 from seqmodels.layers import NormConfig
 from seqmodels.mixers import Mamba2Config
 from seqmodels.train import InitialKind, InitialState, TrainConfig
+from tests.experiments.fabricated import fabricated
 
 TEXT = (np.arange(600) * 7919 % 251).astype(np.int32)
 MIXER = Mamba2Config(head_size=16, state_size=8)
@@ -185,17 +186,11 @@ def test_options_of_a_table_reach_its_command(capsys: pytest.CaptureFixture[str]
     assert TABLE.given(None) is TABLE
 
 
-def results(values: dict[tuple[str, str], dict[str, float]]) -> Results:
-    """Results of the cpu scale with these metrics by heading and row."""
-    row = lambda cell: {"cell": cell.name, "seed": 0, "metrics": values[cell.setting, cell.model], "curve": {}}
-    found = [(cell, row(cell)) for cell in TABLE.at(Scale.CPU) if (cell.setting, cell.model) in values]
-    return Results(TABLE, Scale.CPU, found)
-
-
 def test_claims_stand_on_bases_that_diverge() -> None:
     good = {"rise": 0.02, "loss_1x": 2.0, "loss_last": 2.02}
     bad = {"rise": 1.0, "loss_1x": 2.0, "loss_last": 3.0}
-    ends = lambda loss: {"loss_last": loss}
+    ends = lambda loss: {"loss_last": loss, "rise": loss - 2}
+    results = lambda values: fabricated(TABLE, Scale.CPU, values)
     with pytest.raises(NotTested, match="the base of Mamba-2, GLA does not diverge"):
         diverged(results({("Mamba-2", BASE): good, ("GLA", BASE): good}))
     with pytest.raises(NotTested, match="no base was run"):
@@ -204,7 +199,23 @@ def test_claims_stand_on_bases_that_diverge() -> None:
     assert diverged(results(told)) == ["GLA"]
     assert flat(results(told))
     assert not flat(results({**told, ("GLA", BPTT): ends(2.2)}))
+    endless = {**told, ("GLA", BASE): {**bad, "rise": None, "loss_last": None}}
+    assert diverged(results(endless)) == ["GLA"], "a loss that is not finite has diverged"
     passing: Callable[[Any], bool] = below(PASSING, BASE)
+    assert passing(results(endless))
     assert passing(results(told))
     assert not passing(results({**told, ("GLA", PASSING): ends(3.5)}))
+    assert not passing(results({**told, ("GLA", PASSING): ends(2.999)})), "a thousandth of a nat is nothing"
+    copied = lambda zeros, passing: {
+        (COPYING, ZEROS): {"token_accuracy": zeros}, (COPYING, PASSING): {"token_accuracy": passing}
+    }  # fmt: skip
+    assert copies(results(copied(0.2, 0.4)))
+    assert not copies(results(copied(0.4, 0.2)))
+    with pytest.raises(NotTested, match="neither copies more than guessing does"):
+        copies(results(copied(0.04, 0.05)))
+    found = lambda zeros, fitted: {(PASSKEY, ZEROS): {"reach": zeros}, (PASSKEY, FITTED): {"reach": fitted}}
+    assert reaches(results(found(256, 512)))
+    assert not reaches(results(found(256, 256)))
+    with pytest.raises(NotTested, match="no passkey is found at any length"):
+        reaches(results(found(0, 0)))
     assert length_settings.KINDS[FITTED] == InitialKind.FITTED_NOISE
