@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
+from seqmodels.operators import kernels
 from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -178,6 +179,11 @@ def gated_linear_attention(
         )
     if state is not None and state.shape != (value.shape[0], heads, key.shape[-1], value.shape[-1]):
         raise ValueError(f"the state [B, H, K, V] of key {key.shape} and value {value.shape} is not {state.shape}")
+    if method == "pallas":
+        return kernels.outer(
+            query, key, value, log_decay, state,
+            segments=segments, chunk=chunk, bonus=bonus, sequence_axis=sequence_axis,
+        )  # fmt: skip
     share = heads // groups
     split = lambda x: x.reshape(*x.shape[:2], groups, share, *x.shape[3:])
     inputs = Outer(query, key, split(value), None if log_decay is None else split(log_decay))

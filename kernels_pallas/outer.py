@@ -1,0 +1,297 @@
+"""`chunk_outer`: S_t = exp(g_t) S_{t-1} + k_t v_t^T, read as o_t = q_t^T S_t, with a decay per head.
+
+Forward, for a chunk of L steps from the state S, with G_ij the sum of g over j < s <= i and M_ij = exp(G_ij) for j <= i
+of one document, else 0 (Mamba-2, 2405.21060, and gated linear attention, 2312.06635):
+
+    O  = (Q K^T * M) V + a * (Q S)                 a_i = exp(g_1 + .. + g_i) while the document of S goes on, else 0
+    S' = b S + (w * K)^T V                         w_j = M_Lj, b = a_L
+
+Backward, with dS' from the chunk after it and dA = dO V^T * M:
+
+    dQ = dA K + a * (dO S^T)                       dV = (Q K^T * M)^T dO + w * (K dS')
+    dK = dA^T Q + w * (V dS'^T)                    dS = (a * Q)^T dO + b dS'
+    dg_m = sum over i >= m of (q_i . dq_i - k_i . dk_i), and <S', dS'> for every m of the chunk
+
+G is summed up, never taken as a difference of sums: decays of any size, exp(-inf) = 0 among them, cost no digits.
+The grid goes through the chunks of a head in turn, the state stays in VMEM: one pass over the inputs each way. States
+before the chunks are computed again in the backward pass, or kept in the forward one (`save_states`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+CHUNK = 128  # of the TPU's matrix unit; rows of gates are laid along its 128 lanes
+
+
+def reference(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: jax.Array, segment: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence a token at a time, in the widest type of its inputs."""
+    share = value.shape[1] // query.shape[1]
+    query, key = (jnp.repeat(x, share, axis=1) for x in (query, key))
+    before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
+    kept = jnp.where((segment == before)[:, None], jnp.exp(log_decay), 0)
+
+    def body(state: jax.Array, step: Any) -> Any:
+        q, k, v, a = step
+        state = a[..., None, None] * state + k[..., :, None] * v[..., None, :]
+        return state, jnp.einsum("bhk,bhkv->bhv", q, state)
+
+    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, kept)]
+    state, out = jax.lax.scan(body, state, moved)
+    return jnp.moveaxis(out, 0, 2), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def chunk_outer(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    segment: jax.Array,
+    chunk: int = CHUNK,
+    save_states: bool = False,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`(out [B, H, T, V], state [B, H, K, V])` of query and key [B, G, T, K], value [B, H, T, V], float32 log_decay
+    [B, H, T] (at most 0, -inf too) and state [B, H, K, V].
+
+    Head h reads query and key h // (H / G). `segment` [B, T] int32 counts the documents of a row: `state` goes on where
+    it is 0, and every change starts from zeros. Inputs are bfloat16 or float32, products gather in float32; the output
+    has the type of `value`. `interpret`: as `pallas_call` takes it. Raises ValueError on shapes that do not fit.
+    """
+    return _forward(query, key, value, log_decay, state, segment, chunk, save_states, interpret)[0]
+
+
+def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
+    """What the forward and the backward kernel hold: blocks twice (one is copied while one is used), states, scores."""
+    item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
+    keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
+    gates = 2 * 8 * chunk * 4  # rows of eight sublanes: decays and documents
+    forward = 2 * ((2 * keys + 2 * values) * item + gates) + 5 * state + 4 * scores
+    backward = 2 * ((2 * keys + 2 * values) * item + 4 * (2 * keys + values) + 2 * gates) + 7 * state + 6 * scores
+    return {"forward": forward, "backward": backward}
+
+
+def _check(query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any) -> None:
+    batch, groups, length, size = query.shape
+    heads = value.shape[1]
+    expected = {
+        "key": (key.shape, (batch, groups, length, size)),
+        "value": (value.shape[:3], (batch, heads, length)),
+        "log_decay": (log_decay.shape, (batch, heads, length)),
+        "state": (state.shape, (batch, heads, size, value.shape[3])),
+        "segment": (segment.shape, (batch, length)),
+    }
+    wrong = [f"{name} {found}, not {right}" for name, (found, right) in expected.items() if found != right]
+    if heads % groups:
+        wrong.append(f"{groups} groups of queries for {heads} heads of values")
+    if wrong:
+        raise ValueError(f"chunk_outer with query {query.shape}: {'; '.join(wrong)}")
+
+
+def _padded(length: int, chunk: int, arrays: Any, segment: Any) -> Any:
+    """Steps up to whole chunks: no keys, no decay, in the last document."""
+    more = -length % chunk
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), *((0, 0),) * (x.ndim - 3)))
+    segment = jnp.pad(segment, ((0, 0), (0, more)), mode="edge")
+    ends = jnp.pad(segment[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))[:, :-1]
+    return [pad(x) for x in arrays], (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
+
+
+def _forward(
+    query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any, chunk: int, save: bool, interpret: Any
+) -> Any:
+    _check(query, key, value, log_decay, state, segment)
+    length = query.shape[2]
+    arrays = (query, key, value, log_decay.astype(jnp.float32))
+    (q, k, v, g), documents = _padded(length, chunk, arrays, segment)
+    out, after, *states = _run_forward(q, k, v, g[:, :, None], documents, state, chunk, save, interpret)
+    saved = states[0] if save else None
+    return (out[:, :, :length], after), (query, key, value, log_decay, state, segment, saved)
+
+
+class _Blocks:
+    """Block shapes and index maps over the grid (row, head, chunk); `backward`: from the last chunk to the first."""
+
+    def __init__(self, query: Any, value: Any, chunk: int, *, backward: bool = False):
+        self.batch, groups, length, self.key_size = query.shape
+        self.heads, self.value_size = value.shape[1], value.shape[3]
+        self.chunk, self.chunks = chunk, length // chunk
+        share = self.heads // groups
+        last = self.chunks - 1
+        at = (lambda n: last - n) if backward else (lambda n: n)
+        block = lambda shape, index: pl.BlockSpec(shape, index)
+        self.shared = block((None, None, chunk, self.key_size), lambda b, h, n: (b, h // share, at(n), 0))
+        self.keys = block((None, None, chunk, self.key_size), lambda b, h, n: (b, h, at(n), 0))
+        self.values = block((None, None, chunk, self.value_size), lambda b, h, n: (b, h, at(n), 0))
+        self.gates = block((None, None, 1, chunk), lambda b, h, n: (b, h, 0, at(n)))
+        self.documents = block((None, 1, chunk), lambda b, h, n: (b, 0, at(n)))
+        self.state = block((None, None, self.key_size, self.value_size), lambda b, h, n: (b, h, 0, 0))
+        self.states = block((None, None, None, self.key_size, self.value_size), lambda b, h, n: (b, h, at(n), 0, 0))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.chunks
+
+    @property
+    def scratch(self) -> list[Any]:
+        return [pltpu.VMEM((self.key_size, self.value_size), jnp.float32)]
+
+    def shape(self, *sizes: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((self.batch, self.heads, *sizes), dtype)
+
+
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def _run_forward(
+    q: Any, k: Any, v: Any, g: Any, documents: Any, state: Any, chunk: int, save: bool, interpret: Any
+) -> Any:
+    blocks = _Blocks(q, v, chunk)
+    size = (blocks.key_size, blocks.value_size)
+    outputs = [(blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)), (blocks.state, blocks.shape(*size))]
+    outputs += [(blocks.states, blocks.shape(blocks.chunks, *size))] if save else []
+    return pl.pallas_call(
+        _forward_kernel,
+        grid=blocks.grid,
+        in_specs=[blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents, blocks.state],
+        out_specs=[spec for spec, _ in outputs],
+        out_shape=[shape for _, shape in outputs],
+        scratch_shapes=blocks.scratch,
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="chunk_outer_forward",
+    )(q, k, v, g, documents, state.astype(jnp.float32))
+
+
+def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    """A product gathered in float32, of the wider of two types; float32 is not cut down to bfloat16."""
+    kind = jnp.result_type(a, b)
+    precision = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a.astype(kind), b.astype(kind), dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
+    """`(M [L, L], a [L, 1], w [L, 1], b [1, 1])` of a chunk's gates [1, L] and documents [1, L]."""
+    length = g.shape[1]
+    row = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
+    down = lambda x: jnp.broadcast_to(x.astype(jnp.float32), (length, length)).T  # along rows what was along columns
+    between = jnp.where(row > column, down(g), 0)
+    step = 1
+    while step < length:
+        between = between + jnp.where(row >= step, pltpu.roll(between, step, 0), 0)
+        step *= 2
+    of_row = down(documents)
+    one = (row >= column) & (of_row == documents.astype(jnp.float32))
+    decay = jnp.exp(jnp.where(one, between, -jnp.inf))
+    reach = jnp.exp(between[:, :1] + g[:, :1])
+    carried = jnp.where(of_row[:, :1] == 0, reach, 0)
+    return decay, carried, decay.T[:, length - 1 :], carried[length - 1 :]
+
+
+def _forward_kernel(*refs: Any) -> None:
+    query, key, value, g, documents, first, out, last, *rest = refs
+    *states, held = rest
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        held[...] = first[...]
+
+    q, k, v, state = query[...], key[...], value[...], held[...]
+    for kept_before in states:
+        kept_before[...] = state
+    decay, carried, weight, kept = _decays(g[...], documents[...])
+    scores = _dot(q, k, (1, 1)) * decay
+    result = _dot(scores.astype(v.dtype), v, (1, 0)) + carried * _dot(q, state.astype(q.dtype), (1, 0))
+    out[...] = result.astype(out.dtype)
+    state = kept * state + _dot((weight * k).astype(k.dtype), v, (0, 0))
+    held[...] = state
+    last[...] = state
+
+
+def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
+    query, key, value, log_decay, state, segment, states = residuals
+    d_out, d_last = gradients
+    length = query.shape[2]
+    arrays = (query, key, value, log_decay.astype(jnp.float32), d_out)
+    (q, k, v, g, d_out), documents = _padded(length, chunk, arrays, segment)
+    if states is None:
+        states = _run_forward(q, k, v, g[:, :, None], documents, state, chunk, True, interpret)[2]
+    blocks = _Blocks(q, v, chunk, backward=True)
+    padded, size = q.shape[2], (blocks.key_size, blocks.value_size)
+    outputs = [
+        (blocks.keys, blocks.shape(padded, blocks.key_size)),
+        (blocks.keys, blocks.shape(padded, blocks.key_size)),
+        (blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        (blocks.gates, blocks.shape(1, padded)),
+        (blocks.state, blocks.shape(*size)),
+    ]
+    inputs = [blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents]
+    inputs += [blocks.states, blocks.values, blocks.state]
+    dq, dk, dv, dg, d_state = pl.pallas_call(
+        _backward_kernel,
+        grid=blocks.grid,
+        in_specs=inputs,
+        out_specs=[spec for spec, _ in outputs],
+        out_shape=[shape for _, shape in outputs],
+        scratch_shapes=blocks.scratch,
+        compiler_params=PARAMS,
+        interpret=interpret,
+        name="chunk_outer_backward",
+    )(q, k, v, g[:, :, None], documents, states, d_out, d_last.astype(jnp.float32))
+    groups = query.shape[1]
+    over_heads = lambda x: jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2)[:, :, :length]
+    return (
+        over_heads(dq).astype(query.dtype),
+        over_heads(dk).astype(key.dtype),
+        dv[:, :, :length],
+        dg[:, :, 0, :length].astype(log_decay.dtype),
+        d_state.astype(state.dtype),
+        None,
+    )
+
+
+def _backward_kernel(*refs: Any) -> None:
+    query, key, value, g, documents, before, d_out, d_last, dq, dk, dv, dg, d_first, held = refs
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        held[...] = d_last[...]
+
+    q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
+    decay, carried, weight, kept = _decays(g[...], documents[...])
+    kind = q.dtype
+    scores = (_dot(q, k, (1, 1)) * decay).astype(kind)
+    d_scores = (_dot(do, v, (1, 1)) * decay).astype(kind)
+    narrow = after.astype(kind)
+    own_q = _dot(d_scores, k, (1, 0)) + carried * _dot(do, state.astype(kind), (1, 1))
+    to_state = weight * _dot(v, narrow, (1, 1))
+    own_k = _dot(d_scores, q, (0, 0)) + to_state
+    dq[...] = own_q
+    dk[...] = own_k
+    dv[...] = (_dot(scores, do, (0, 0)) + weight * _dot(k, narrow, (1, 0))).astype(dv.dtype)
+    each = jnp.sum(q.astype(jnp.float32) * own_q - k.astype(jnp.float32) * own_k, axis=1, keepdims=True)
+    length = each.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
+    total = jnp.sum(k.astype(jnp.float32) * to_state, keepdims=True) + kept * jnp.sum(state * after, keepdims=True)
+    dg[...] = jnp.sum(jnp.where(row >= column, each, 0), axis=0, keepdims=True) + total
+    first = _dot((carried * q).astype(kind), do, (0, 0)) + kept * after
+    held[...] = first
+    d_first[...] = first
+
+
+chunk_outer.defvjp(_forward, _backward)

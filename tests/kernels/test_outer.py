@@ -1,0 +1,187 @@
+"""`chunk_outer` in interpret mode against a loop in float64, and its lowering for TPUs at the shapes of real models."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.mesh import AbstractDevice
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh
+
+from kernels_pallas import outer
+from kernels_pallas.outer import chunk_outer, reference, vmem_bytes
+from seqmodels import Segments
+from seqmodels.operators import gated_linear_attention, kernels
+
+# Memory that was not written is NaN, reads and writes out of bounds raise, and so do races.
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+# float32 rounding (6e-8) through chunks of 128 products, relative to the largest entry of an array.
+FLOAT32 = 1e-5
+# The same for bfloat16, which keeps 8 bits of scores and states in every product.
+BFLOAT16 = 3e-2
+B, G, H = 2, 1, 2
+CORE_BYTES = 16 * 2**20  # of the smallest VMEM of a TPU that jax lowers for (v5e's default limit)
+
+
+def inputs(length: int, key_size: int, value_size: int, *, batch: int = B, dtype: Any = jnp.float32) -> list[Any]:
+    """Decays from none to -inf; documents that go on, of one step, and none of them at a chunk's edges by chance."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    query, key = (jax.random.normal(k, (batch, G, length, key_size)) * key_size**-0.25 for k in keys[:2])
+    value = jax.random.normal(keys[2], (batch, H, length, value_size))
+    noise = jax.random.normal(keys[3], (batch, H, length))
+    log_decay = jnp.where(noise > 1.8, -jnp.inf, -jnp.exp(4 * noise - 3))
+    state = jax.random.normal(keys[4], (batch, H, key_size, value_size))
+    start = np.zeros((batch, length), bool)
+    for row, places in enumerate(((3, 4, 127, 128, 129), (0, length - 1))[:batch]):
+        start[row, [place for place in places if place < length]] = True
+    narrow = [x.astype(dtype) for x in (query, key, value)]
+    return [*narrow, log_decay, state, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+
+
+def graded(run: Any, *arrays: Any) -> Any:
+    """Outputs, the final state, and the gradients of a loss that depends on all of them."""
+
+    def loss(*arrays: Any) -> Any:
+        out, state = run(*arrays)
+        return jnp.sum(jnp.sin(out.astype(state.dtype))) + jnp.sum(jnp.cos(state)), (out, state)
+
+    gradients, found = jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(*arrays[:5])
+    return (*found, *gradients)
+
+
+def expected(arrays: list[Any]) -> Any:
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays[:5]]
+        found = jax.jit(functools.partial(graded, lambda *a: reference(*a, arrays[5])))(*wide)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+def assert_equal(found: Any, right: Any, tolerance: float) -> None:
+    scaled = lambda x, y: np.asarray(x, np.float64) / np.max(np.abs(y))
+    names = ("out", "state", "d query", "d key", "d value", "d log_decay", "d state")
+    for name, x, y in zip(names, found, right, strict=False):
+        chex.assert_trees_all_close({name: scaled(x, y)}, {name: scaled(y, y)}, rtol=0, atol=tolerance)
+
+
+CASES = [
+    # length, key and value size, batch, type, whether states are kept, how the kernel runs
+    pytest.param(200, 32, 16, 2, jnp.float32, False, True, id="chunk and a part"),
+    *(
+        pytest.param(*case, STRICT, id=name, marks=pytest.mark.slow)
+        for name, case in {
+            "one step": (1, 16, 24, 2, jnp.float32, False),
+            "chunk and a part, strictly": (200, 32, 16, 2, jnp.float32, False),
+            "states kept": (257, 16, 16, 1, jnp.float32, True),
+            "bfloat16": (130, 64, 64, 2, jnp.bfloat16, False),
+            "wide heads": (130, 256, 256, 1, jnp.float32, False),
+            "wide heads in bfloat16": (130, 128, 256, 1, jnp.bfloat16, True),
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "dtype", "save", "interpret"), CASES)
+def test_the_kernel_equals_the_recurrence_in_float64(
+    length: int, key_size: int, value_size: int, batch: int, dtype: Any, save: bool, interpret: Any
+) -> None:
+    """Outputs, the state, and all gradients; strictly: with every memory poisoned and races looked for."""
+    arrays = inputs(length, key_size, value_size, batch=batch, dtype=dtype)
+    run = lambda *a: chunk_outer(*a, arrays[5], outer.CHUNK, save, interpret)
+    found = jax.jit(functools.partial(graded, run))(*arrays[:5])
+    assert found[0].dtype == dtype
+    assert all(x.dtype == dtype for x in found[2:5])
+    assert found[1].dtype == jnp.float32
+    assert_equal(found, expected(arrays), FLOAT32 if dtype == jnp.float32 else BFLOAT16)
+
+
+def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loses a thousandth of the state between two chunks, as a control of the test above."""
+    right = outer._forward_kernel
+
+    def wrong(*refs: Any) -> None:
+        right(*refs)
+        refs[-1][...] *= 0.999
+
+    arrays = inputs(130, 16, 16, batch=1)
+    arrays[3], arrays[5] = jnp.full_like(arrays[3], -0.01), jnp.zeros_like(arrays[5])
+    found = reference(*arrays)
+    run = lambda: jax.jit(lambda *a: chunk_outer(*a, outer.CHUNK, False, True))(*arrays)
+    assert_equal(run(), found, FLOAT32)
+    monkeypatch.setattr(outer, "_forward_kernel", wrong)
+    with pytest.raises(AssertionError, match="out"):
+        assert_equal(run(), found, FLOAT32)
+
+
+def shapes(batch: int, length: int, heads: int, size: int, dtype: Any) -> list[Any]:
+    of = jax.ShapeDtypeStruct
+    wide = [of((batch, heads, length, size), dtype)] * 3
+    gates = of((batch, heads, length), jnp.float32), of((batch, heads, size, size), jnp.float32)
+    return [*wide, *gates, of((batch, length), jnp.int32)]
+
+
+REAL = [(1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)]
+TPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(REAL, ("bfloat16", "float32"))), ids=str)
+def test_the_kernel_lowers_for_tpus_at_real_shapes(shape: tuple[int, ...], dtype: str) -> None:
+    """Forward, and backward with states computed again (three programs) and kept (two); all within the memory."""
+    for save, programs in ((False, 3), (True, 2)):
+
+        def gradients(*arrays: Any, save: bool = save) -> Any:
+            run = functools.partial(chunk_outer, save_states=save)
+            loss = lambda *a: sum(jnp.sum(x.astype(jnp.float32)) for x in run(*a, arrays[5]))
+            return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays[:5])
+
+        with jax.sharding.use_abstract_mesh(TPU):
+            lowered = jax.jit(gradients).trace(*shapes(*shape, dtype)).lower(lowering_platforms=("tpu",))
+        assert lowered.as_text().count("tpu_custom_call") == programs
+    assert max(vmem_bytes(shape[3], shape[3], outer.CHUNK, dtype).values()) < 0.8 * CORE_BYTES
+
+
+def test_errors_name_the_shapes() -> None:
+    arrays = inputs(5, 4, 4)
+    with pytest.raises(ValueError, match=r"key \(2, 1, 4, 4\), not \(2, 1, 5, 4\); segment \(2, 4\), not \(2, 5\)"):
+        chunk_outer(arrays[0], arrays[1][:, :, 1:], *arrays[2:5], arrays[5][:, 1:])
+    wide = [jnp.repeat(x, 3, axis=1) for x in arrays[:2]]
+    with pytest.raises(ValueError, match="3 groups of queries for 2 heads"):
+        chunk_outer(*wide, *arrays[2:])
+
+
+def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents and padding that is NaN, as `auto` has them; and why it does not serve else."""
+    query, key, value, log_decay, state, _ = inputs(20, 8, 8)
+    swap = lambda x: jnp.swapaxes(x, 1, 2)
+    arrays = [swap(x) for x in (query, key, value, log_decay)]
+    start = np.zeros((B, 20), bool)
+    start[0, [0, 7, 8]], start[1, 18] = True, True
+    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
+    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    with pytest.raises(ValueError, match="the kernel is for TPUs, and this is made for cpu; use 'auto'"):
+        gated_linear_attention(*arrays, method="pallas")
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    for given, told in (((state, segments)), ((None, None))):
+        fill = (lambda x: x) if told is None else poison
+        found, right = (
+            jax.jit(functools.partial(gated_linear_attention, segments=told, method=method))(*map(fill, arrays), given)
+            for method in ("pallas", "sequential")
+        )
+        chex.assert_trees_all_close(found, right, rtol=FLOAT32, atol=10 * FLOAT32)
+    refused = {
+        "a decay per head, none per key": {"log_decay": jnp.zeros((B, 20, H, 8))},
+        "no bonus": {"bonus": jnp.zeros((H, 8))},
+        "does not shard time": {"sequence_axis": "sequence"},
+        "of one type, bfloat16 or float32, not": {"value": arrays[2].astype(jnp.bfloat16)},
+        "chunks are a multiple of 128 steps, not 64": {"chunk": 64},
+    }
+    for told, changes in refused.items():
+        names = dict(zip(("query", "key", "value", "log_decay"), arrays, strict=True))
+        with pytest.raises(ValueError, match=told):
+            gated_linear_attention(**{**names, **changes}, method="pallas")
