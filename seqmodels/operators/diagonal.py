@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
+from seqmodels.operators import kernels
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
@@ -99,6 +100,10 @@ def diagonal_scan(
     if fixed:
         ones = jnp.ones(drive.shape[:2], jnp.promote_types(log_decay.real.dtype, jnp.float32))
         decay = ones if elapsed is None else elapsed
+    if method == "pallas":
+        if fixed:  # no time, no decay: 0 * -inf is NaN
+            decay = jnp.where(decay[..., None] == 0, 0, decay[..., None] * log_decay[None, None])
+        return kernels.diagonal(decay, drive, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
     return run_family(
         "diagonal",
         diagonal_recurrence(log_decay if fixed else None),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
+from kernels_pallas import linear
 from kernels_pallas.outer import CHUNK, chunk_outer
 from seqmodels.typing import Segments
 
@@ -20,8 +22,28 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def refuse(family: str, reason: str) -> None:
-    raise ValueError(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
+def _serve(
+    family: str, reasons: Mapping[str, Any], chunk: int | None, multiple: int, sequence_axis: str | None
+) -> None:
+    """Raises ValueError with the first of the reasons that holds, those of every kernel among them."""
+    common = {
+        f"the kernel is for TPUs, and this is made for {platform()}": platform() != "tpu" and not INTERPRET,
+        "the kernel does not shard time": sequence_axis is not None,
+        f"chunks are a multiple of {multiple} steps, not {chunk}": chunk is not None and chunk % multiple,
+    }
+    for reason, holds in {**common, **reasons}.items():
+        if holds:
+            raise ValueError(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
+
+
+def _empty(x: Array, segments: Segments | None) -> Array:
+    """Zeros on padding."""
+    return x if segments is None else jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, 0)
+
+
+def _documents(segments: Segments | None, shape: tuple[int, ...]) -> Array:
+    """[B, T]: 0 as long as the state goes on, one more with every start."""
+    return jnp.zeros(shape, jnp.int32) if segments is None else jnp.cumsum(segments.start, axis=1, dtype=jnp.int32)
 
 
 def outer(
@@ -38,30 +60,42 @@ def outer(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`gated_linear_attention` by `chunk_outer`. Raises ValueError where that cannot serve, and why."""
     kinds = {x.dtype for x in (query, key, value)}
+    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    told = ", ".join(sorted(map(str, kinds)))
     reasons = {
-        "the kernel is for TPUs, and this is made for " + platform(): platform() != "tpu" and not INTERPRET,
         "the kernel has a decay per head, none per key": log_decay is not None and log_decay.ndim == 4,
         "the kernel has no bonus": bonus is not None,
-        "the kernel does not shard time": sequence_axis is not None,
-        f"query, key and value are of one type, bfloat16 or float32, not {', '.join(map(str, kinds))}": len(kinds) > 1
-        or kinds - {jnp.dtype("bfloat16"), jnp.dtype("float32")},
-        f"chunks are a multiple of {CHUNK} steps, not {chunk}": chunk is not None and chunk % CHUNK,
+        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            refuse("outer", reason)
+    _serve("outer", reasons, chunk=chunk, multiple=CHUNK, sequence_axis=sequence_axis)
     batch, length, heads, size = value.shape
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
-    segment = jnp.zeros((batch, length), jnp.int32)
-    if segments is not None:
-        segment = jnp.cumsum(segments.start, axis=1, dtype=jnp.int32)
-        empty = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, 0)
-        query, key, value, log_decay = (empty(x) for x in (query, key, value, log_decay))
-    by_head = lambda x: jnp.swapaxes(x, 1, 2)
-    arrays = (by_head(x) for x in (query, key, value, log_decay.astype(jnp.float32)))
-    out, state = chunk_outer(*arrays, state.astype(jnp.float32), segment, chunk or CHUNK, False, INTERPRET)
-    out = by_head(out)
-    return (out if segments is None else empty(out)), state
+    arrays = (query, key, value, log_decay.astype(jnp.float32))
+    by_head = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
+    documents = _documents(segments, (batch, length))
+    out, state = chunk_outer(*by_head, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    return _empty(jnp.swapaxes(out, 1, 2), segments), state
+
+
+def diagonal(
+    log_decay: Inexact[Array, "B T D"],
+    drive: Inexact[Array, "B T D"],
+    state: Inexact[Array, "B D"] | None,
+    *,
+    segments: Segments | None,
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    """`diagonal_scan` by `linear_scan`. Raises ValueError where that cannot serve, and why."""
+    kind = jnp.result_type(log_decay, drive, jnp.float32)
+    reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
+    _serve("diagonal", reasons, chunk=chunk, multiple=linear.CHUNK, sequence_axis=sequence_axis)
+    if state is None:
+        state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
+    arrays = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
+    documents = _documents(segments, drive.shape[:2])
+    out, state = linear.linear_scan(*arrays, state.astype(kind), documents, chunk or linear.CHUNK, INTERPRET)
+    return _empty(out, segments), state

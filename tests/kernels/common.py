@@ -1,0 +1,58 @@
+"""What the kernels' tests share: strict interpretation, gradients against float64, and lowering without a device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.mesh import AbstractDevice
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh
+
+# Memory that was not written is NaN, reads and writes out of bounds raise, and so do races.
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+TPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
+VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of the default limit, a fifth left to the compiler
+
+
+def graded(run: Callable[..., Any], *arrays: Any) -> Any:
+    """Outputs, the final state, and the gradients of a loss that depends on all of both."""
+
+    def loss(*arrays: Any) -> Any:
+        out, state = run(*arrays)
+        wide = out.astype(state.dtype)
+        parts = [jnp.sin(wide.real), jnp.cos(state.real)]
+        if jnp.iscomplexobj(state):
+            parts += [jnp.cos(2 * wide.imag), jnp.sin(2 * state.imag)]
+        return sum(jnp.sum(part) for part in parts), (out, state)
+
+    gradients, found = jax.grad(loss, argnums=tuple(range(len(arrays))), has_aux=True)(*arrays)
+    return (*found, *gradients)
+
+
+def in_float64(run: Callable[..., Any], *arrays: Any) -> Any:
+    """`graded` of a reference, in float64 or complex128."""
+    with jax.enable_x64(True):
+        wide = lambda x: np.complex128 if jnp.iscomplexobj(x) else np.float64
+        found = jax.jit(functools.partial(graded, run))(*(jnp.asarray(np.asarray(x, wide(x))) for x in arrays))
+        return jax.tree.map(np.asarray, found)
+
+
+def assert_same(names: Sequence[str], found: Any, right: Any, tolerance: float) -> None:
+    """Each array within `tolerance` of the largest entry that it should have."""
+    wide = lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
+    for name, x, y in zip(names, found, right, strict=False):
+        size = np.max(np.abs(y))
+        chex.assert_trees_all_close({name: wide(x) / size}, {name: wide(y) / size}, rtol=0, atol=tolerance)
+
+
+def kernels_of(run: Callable[..., Any], *shapes: Any) -> int:
+    """How many kernels are in a program when it is lowered for a TPU."""
+    with jax.sharding.use_abstract_mesh(TPU):
+        lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",))
+    return lowered.as_text().count("tpu_custom_call")
