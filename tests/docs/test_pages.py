@@ -79,6 +79,9 @@ def test_the_first_screen_of_the_readme_has_the_idea_the_code_and_the_commands()
     screen = "\n".join(README.splitlines()[:FIRST_SCREEN])
     assert screen.index("Write an associative operator once") < screen.index("```python") < screen.index("make demo")
     assert "make test" in screen
+    assert "solve parity: **" in screen[screen.index("python -m experiments.formal_languages") :], (
+        "a finding, and its command"
+    )
     for target in re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in (ROOT / "Makefile").read_text()
 
