@@ -98,13 +98,17 @@ def _check(query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment
         raise ValueError(f"chunk_outer with query {query.shape}: {'; '.join(wrong)}")
 
 
-def _padded(length: int, chunk: int, arrays: Any, segment: Any) -> Any:
-    """Steps up to whole chunks: no keys, no decay, in the last document."""
-    more = -length % chunk
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), *((0, 0),) * (x.ndim - 3)))
-    segment = jnp.pad(segment, ((0, 0), (0, more)), mode="edge")
+def whole_chunks(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
+    """Arrays [B, H, T, ..] with steps of zeros up to whole chunks."""
+    more = -arrays[0].shape[2] % chunk
+    return [jnp.pad(x, ((0, 0), (0, 0), (0, more), *((0, 0),) * (x.ndim - 3))) for x in arrays]
+
+
+def documents_of(segment: jax.Array, chunk: int) -> jax.Array:
+    """[B, 1, T]: documents counted anew in every chunk, 0 for that of the state before it; the last one is padded."""
+    segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % chunk)), mode="edge")
     ends = jnp.pad(segment[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))[:, :-1]
-    return [pad(x) for x in arrays], (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
+    return (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
 
 
 def _forward(
@@ -112,14 +116,14 @@ def _forward(
 ) -> Any:
     _check(query, key, value, log_decay, state, segment)
     length = query.shape[2]
-    arrays = (query, key, value, log_decay.astype(jnp.float32))
-    (q, k, v, g), documents = _padded(length, chunk, arrays, segment)
+    q, k, v, g = whole_chunks(chunk, query, key, value, log_decay.astype(jnp.float32))
+    documents = documents_of(segment, chunk)
     out, after, *states = _run_forward(q, k, v, g[:, :, None], documents, state, chunk, save, interpret)
     saved = states[0] if save else None
     return (out[:, :, :length], after), (query, key, value, log_decay, state, segment, saved)
 
 
-class _Blocks:
+class Blocks:
     """Block shapes and index maps over the grid (row, head, chunk); `backward`: from the last chunk to the first."""
 
     def __init__(self, query: Any, value: Any, chunk: int, *, backward: bool = False):
@@ -156,7 +160,7 @@ PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbi
 def _run_forward(
     q: Any, k: Any, v: Any, g: Any, documents: Any, state: Any, chunk: int, save: bool, interpret: Any
 ) -> Any:
-    blocks = _Blocks(q, v, chunk)
+    blocks = Blocks(q, v, chunk)
     size = (blocks.key_size, blocks.value_size)
     outputs = [(blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)), (blocks.state, blocks.shape(*size))]
     outputs += [(blocks.states, blocks.shape(blocks.chunks, *size))] if save else []
@@ -173,7 +177,7 @@ def _run_forward(
     )(q, k, v, g, documents, state.astype(jnp.float32))
 
 
-def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     """A product gathered in float32, of the wider of two types; float32 is not cut down to bfloat16."""
     kind = jnp.result_type(a, b)
     precision = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
@@ -214,10 +218,10 @@ def _forward_kernel(*refs: Any) -> None:
     for kept_before in states:
         kept_before[...] = state
     decay, carried, weight, kept = _decays(g[...], documents[...])
-    scores = _dot(q, k, (1, 1)) * decay
-    result = _dot(scores.astype(v.dtype), v, (1, 0)) + carried * _dot(q, state.astype(q.dtype), (1, 0))
+    scores = dot(q, k, (1, 1)) * decay
+    result = dot(scores.astype(v.dtype), v, (1, 0)) + carried * dot(q, state.astype(q.dtype), (1, 0))
     out[...] = result.astype(out.dtype)
-    state = kept * state + _dot((weight * k).astype(k.dtype), v, (0, 0))
+    state = kept * state + dot((weight * k).astype(k.dtype), v, (0, 0))
     held[...] = state
     last[...] = state
 
@@ -226,11 +230,11 @@ def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients:
     query, key, value, log_decay, state, segment, states = residuals
     d_out, d_last = gradients
     length = query.shape[2]
-    arrays = (query, key, value, log_decay.astype(jnp.float32), d_out)
-    (q, k, v, g, d_out), documents = _padded(length, chunk, arrays, segment)
+    q, k, v, g, d_out = whole_chunks(chunk, query, key, value, log_decay.astype(jnp.float32), d_out)
+    documents = documents_of(segment, chunk)
     if states is None:
         states = _run_forward(q, k, v, g[:, :, None], documents, state, chunk, True, interpret)[2]
-    blocks = _Blocks(q, v, chunk, backward=True)
+    blocks = Blocks(q, v, chunk, backward=True)
     padded, size = q.shape[2], (blocks.key_size, blocks.value_size)
     outputs = [
         (blocks.keys, blocks.shape(padded, blocks.key_size)),
@@ -274,22 +278,22 @@ def _backward_kernel(*refs: Any) -> None:
     q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
     decay, carried, weight, kept = _decays(g[...], documents[...])
     kind = q.dtype
-    scores = (_dot(q, k, (1, 1)) * decay).astype(kind)
-    d_scores = (_dot(do, v, (1, 1)) * decay).astype(kind)
+    scores = (dot(q, k, (1, 1)) * decay).astype(kind)
+    d_scores = (dot(do, v, (1, 1)) * decay).astype(kind)
     narrow = after.astype(kind)
-    own_q = _dot(d_scores, k, (1, 0)) + carried * _dot(do, state.astype(kind), (1, 1))
-    to_state = weight * _dot(v, narrow, (1, 1))
-    own_k = _dot(d_scores, q, (0, 0)) + to_state
+    own_q = dot(d_scores, k, (1, 0)) + carried * dot(do, state.astype(kind), (1, 1))
+    to_state = weight * dot(v, narrow, (1, 1))
+    own_k = dot(d_scores, q, (0, 0)) + to_state
     dq[...] = own_q
     dk[...] = own_k
-    dv[...] = (_dot(scores, do, (0, 0)) + weight * _dot(k, narrow, (1, 0))).astype(dv.dtype)
+    dv[...] = (dot(scores, do, (0, 0)) + weight * dot(k, narrow, (1, 0))).astype(dv.dtype)
     each = jnp.sum(q.astype(jnp.float32) * own_q - k.astype(jnp.float32) * own_k, axis=1, keepdims=True)
     length = each.shape[0]
     row = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
     total = jnp.sum(k.astype(jnp.float32) * to_state, keepdims=True) + kept * jnp.sum(state * after, keepdims=True)
     dg[...] = jnp.sum(jnp.where(row >= column, each, 0), axis=0, keepdims=True) + total
-    first = _dot((carried * q).astype(kind), do, (0, 0)) + kept * after
+    first = dot((carried * q).astype(kind), do, (0, 0)) + kept * after
     held[...] = first
     d_first[...] = first
 

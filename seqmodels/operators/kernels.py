@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Inexact
 
 from kernels_pallas import linear
 from kernels_pallas.outer import CHUNK, chunk_outer
+from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels.typing import Segments
 
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
@@ -58,12 +59,14 @@ def outer(
     bonus: Any,
     sequence_axis: str | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`gated_linear_attention` by `chunk_outer`. Raises ValueError where that cannot serve, and why."""
+    """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way.
+
+    Raises ValueError where they cannot serve, and why.
+    """
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
-        "the kernel has a decay per head, none per key": log_decay is not None and log_decay.ndim == 4,
         "the kernel has no bonus": bonus is not None,
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
     }
@@ -76,7 +79,8 @@ def outer(
     arrays = (query, key, value, log_decay.astype(jnp.float32))
     by_head = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
     documents = _documents(segments, (batch, length))
-    out, state = chunk_outer(*by_head, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    run = chunk_outer_keys if log_decay.ndim == 4 else chunk_outer
+    out, state = run(*by_head, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
 

@@ -1,4 +1,4 @@
-"""`chunk_outer` in interpret mode against a loop in float64, and its lowering for TPUs at the shapes of real models."""
+"""`chunk_outer` and `chunk_outer_keys` in interpret mode against a loop in float64, and their lowering for TPUs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import outer
-from kernels_pallas.outer import chunk_outer, reference, vmem_bytes
+from kernels_pallas import outer, outer_keys
+from kernels_pallas.outer import chunk_outer
+from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
 from tests.kernels.common import STRICT, VMEM, assert_same, graded, in_float64, kernels_of
@@ -25,12 +26,14 @@ BFLOAT16 = 3e-2
 B, G, H = 2, 1, 2
 
 
-def inputs(length: int, key_size: int, value_size: int, *, batch: int = B, dtype: Any = jnp.float32) -> list[Any]:
-    """Decays from none to -inf; documents that go on, of one step, and none of them at a chunk's edges by chance."""
+def inputs(
+    length: int, key_size: int, value_size: int, *, batch: int = B, dtype: Any = jnp.float32, per_key: bool = False
+) -> list[Any]:
+    """Decays from none to -inf; documents that go on, and of one step, at a chunk's edges too."""
     keys = jax.random.split(jax.random.key(0), 5)
     query, key = (jax.random.normal(k, (batch, G, length, key_size)) * key_size**-0.25 for k in keys[:2])
     value = jax.random.normal(keys[2], (batch, H, length, value_size))
-    noise = jax.random.normal(keys[3], (batch, H, length))
+    noise = jax.random.normal(keys[3], (batch, H, length, *((key_size,) if per_key else ())))
     log_decay = jnp.where(noise > 1.8, -jnp.inf, -jnp.exp(4 * noise - 3))
     state = jax.random.normal(keys[4], (batch, H, key_size, value_size))
     start = np.zeros((batch, length), bool)
@@ -40,8 +43,12 @@ def inputs(length: int, key_size: int, value_size: int, *, batch: int = B, dtype
     return [*narrow, log_decay, state, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
 
 
-def expected(arrays: list[Any]) -> Any:
-    return in_float64(lambda *a: reference(*a, arrays[5]), *arrays[:5])
+KERNELS = {"per head": (outer, chunk_outer), "per key": (outer_keys, chunk_outer_keys)}
+each = pytest.mark.parametrize("kind", KERNELS)
+
+
+def expected(kind: str, arrays: list[Any]) -> Any:
+    return in_float64(lambda *a: KERNELS[kind][0].reference(*a, arrays[5]), *arrays[:5])
 
 
 NAMES = ("out", "state", "d query", "d key", "d value", "d log_decay", "d state")
@@ -64,74 +71,81 @@ CASES = [
 ]
 
 
+@each
 @pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "dtype", "save", "interpret"), CASES)
 def test_the_kernel_equals_the_recurrence_in_float64(
-    length: int, key_size: int, value_size: int, batch: int, dtype: Any, save: bool, interpret: Any
+    kind: str, length: int, key_size: int, value_size: int, batch: int, dtype: Any, save: bool, interpret: Any
 ) -> None:
     """Outputs, the state, and all gradients; strictly: with every memory poisoned and races looked for."""
-    arrays = inputs(length, key_size, value_size, batch=batch, dtype=dtype)
-    run = lambda *a: chunk_outer(*a, arrays[5], outer.CHUNK, save, interpret)
+    arrays = inputs(length, key_size, value_size, batch=batch, dtype=dtype, per_key=kind == "per key")
+    run = lambda *a: KERNELS[kind][1](*a, arrays[5], outer.CHUNK, save, interpret)
     found = jax.jit(functools.partial(graded, run))(*arrays[:5])
     assert found[0].dtype == dtype
     assert all(x.dtype == dtype for x in found[2:5])
     assert found[1].dtype == jnp.float32
-    assert_same(NAMES, found, expected(arrays), FLOAT32 if dtype == jnp.float32 else BFLOAT16)
+    assert_same(NAMES, found, expected(kind, arrays), FLOAT32 if dtype == jnp.float32 else BFLOAT16)
 
 
-def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@each
+def test_a_kernel_that_is_wrong_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that loses a thousandth of the state between two chunks, as a control of the test above."""
-    right = outer._forward_kernel
+    module, kernel = KERNELS[kind]
+    right = module._forward_kernel
 
     def wrong(*refs: Any) -> None:
         right(*refs)
         refs[-1][...] *= 0.999
 
-    arrays = inputs(130, 16, 16, batch=1)
+    arrays = inputs(130, 16, 16, batch=1, per_key=kind == "per key")
     arrays[3], arrays[5] = jnp.full_like(arrays[3], -0.01), jnp.zeros_like(arrays[5])
-    found = reference(*arrays)
-    run = lambda: jax.jit(lambda *a: chunk_outer(*a, outer.CHUNK, False, True))(*arrays)
+    found = module.reference(*arrays)
+    run = lambda: jax.jit(lambda *a: kernel(*a, outer.CHUNK, False, True))(*arrays)
     assert_same(NAMES, run(), found, FLOAT32)
-    monkeypatch.setattr(outer, "_forward_kernel", wrong)
+    monkeypatch.setattr(module, "_forward_kernel", wrong)
     with pytest.raises(AssertionError, match="out"):
         assert_same(NAMES, run(), found, FLOAT32)
 
 
-def shapes(batch: int, length: int, heads: int, size: int, dtype: Any) -> list[Any]:
+def shapes(kind: str, batch: int, length: int, heads: int, size: int, dtype: Any) -> list[Any]:
     of = jax.ShapeDtypeStruct
     wide = [of((batch, heads, length, size), dtype)] * 3
-    gates = of((batch, heads, length), jnp.float32), of((batch, heads, size, size), jnp.float32)
+    decays = (batch, heads, length, size) if kind == "per key" else (batch, heads, length)
+    gates = of(decays, jnp.float32), of((batch, heads, size, size), jnp.float32)
     return [*wide, *gates, of((batch, length), jnp.int32)]
 
 
 REAL = [(1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)]
 
 
+@each
 @pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(REAL, ("bfloat16", "float32"))), ids=str)
-def test_the_kernel_lowers_for_tpus_at_real_shapes(shape: tuple[int, ...], dtype: str) -> None:
+def test_the_kernel_lowers_for_tpus_at_real_shapes(kind: str, shape: tuple[int, ...], dtype: str) -> None:
     """Forward, and backward with states computed again (three programs) and kept (two); all within the memory."""
     for save, programs in ((False, 3), (True, 2)):
 
         def gradients(*arrays: Any, save: bool = save) -> Any:
-            run = functools.partial(chunk_outer, save_states=save)
+            run = functools.partial(KERNELS[kind][1], save_states=save)
             loss = lambda *a: sum(jnp.sum(x.astype(jnp.float32)) for x in run(*a, arrays[5]))
             return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays[:5])
 
-        assert kernels_of(gradients, *shapes(*shape, dtype)) == programs
-    assert max(vmem_bytes(shape[3], shape[3], outer.CHUNK, dtype).values()) < VMEM
+        assert kernels_of(gradients, *shapes(kind, *shape, dtype)) == programs
+    assert max(KERNELS[kind][0].vmem_bytes(shape[3], shape[3], outer.CHUNK, dtype).values()) < VMEM
 
 
-def test_errors_name_the_shapes() -> None:
-    arrays = inputs(5, 4, 4)
+@each
+def test_errors_name_the_shapes(kind: str) -> None:
+    kernel, arrays = KERNELS[kind][1], inputs(5, 4, 4, per_key=kind == "per key")
     with pytest.raises(ValueError, match=r"key \(2, 1, 4, 4\), not \(2, 1, 5, 4\); segment \(2, 4\), not \(2, 5\)"):
-        chunk_outer(arrays[0], arrays[1][:, :, 1:], *arrays[2:5], arrays[5][:, 1:])
+        kernel(arrays[0], arrays[1][:, :, 1:], *arrays[2:5], arrays[5][:, 1:])
     wide = [jnp.repeat(x, 3, axis=1) for x in arrays[:2]]
     with pytest.raises(ValueError, match="3 groups of queries for 2 heads"):
-        chunk_outer(*wide, *arrays[2:])
+        kernel(*wide, *arrays[2:])
 
 
-def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+@each
+def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `auto` has them; and why it does not serve else."""
-    query, key, value, log_decay, state, _ = inputs(20, 8, 8)
+    query, key, value, log_decay, state, _ = inputs(20, 8, 8, per_key=kind == "per key")
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     arrays = [swap(x) for x in (query, key, value, log_decay)]
     start = np.zeros((B, 20), bool)
@@ -149,7 +163,6 @@ def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) ->
         )
         chex.assert_trees_all_close(found, right, rtol=FLOAT32, atol=10 * FLOAT32)
     refused = {
-        "a decay per head, none per key": {"log_decay": jnp.zeros((B, 20, H, 8))},
         "no bonus": {"bonus": jnp.zeros((H, 8))},
         "does not shard time": {"sequence_axis": "sequence"},
         "of one type, bfloat16 or float32, not": {"value": arrays[2].astype(jnp.bfloat16)},
