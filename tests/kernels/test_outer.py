@@ -126,7 +126,7 @@ def test_the_kernel_lowers_for_tpus_at_real_shapes(kind: str, shape: tuple[int, 
         def gradients(*arrays: Any, save: bool = save) -> Any:
             run = functools.partial(KERNELS[kind][1], save_states=save)
             loss = lambda *a: sum(jnp.sum(x.astype(jnp.float32)) for x in run(*a, arrays[5]))
-            return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays[:5])
+            return jax.value_and_grad(loss, (0, 1, 2, 3, 4))(*arrays[:5])
 
         assert kernels_of(gradients, *shapes(kind, *shape, dtype)) == programs
     assert max(KERNELS[kind][0].vmem_bytes(shape[3], shape[3], outer.CHUNK, dtype).values()) < VMEM
