@@ -11,7 +11,7 @@ The Transformer with learned positions has never trained those past 18: its fail
 
 Cost: smoke, seconds. cpu: words of S3 of 4 to 18 elements, nine models of width 64, 1,500 steps of 64 rows (S3 has 36
 products to learn, A5 3,600: no model had any in 1,100 steps); and the fewest layers of two models for words of A5 of 5
-and 10, 4,000 steps of 128 rows; about COST minutes on 2 cores. gpu: A5 and S5, width 128, 20,000 steps of 128 rows, and
+and 10, 4,000 steps of 128 rows; 54 minutes on 2 busy cores. gpu: A5 and S5, width 128, 20,000 steps of 128 rows, and
 lengths to 20; aimed at 30 minutes on one H100. paper: 10,000 words of a group for 20 epochs at width 768; a million
 words of A5 for the layers.
 """
