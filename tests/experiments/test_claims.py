@@ -111,6 +111,8 @@ def test_recall() -> None:
     gains = {("Mamba-2", 16): 0.2, ("Mamba-2", 64): 0.9, ("GLA", 16): 1.0, ("GLA", 64): 1.0}
     assert recall.width_helps(recalled(gains))
     assert not recall.width_helps(recalled({**gains, ("Mamba-2", 64): 0.21})), "within the margin"
+    with pytest.raises(NotTested, match="none does better than a guess among the row's values: Mamba-2"):
+        recall.width_helps(recalled({("Mamba-2", 16): 0.04, ("Mamba-2", 64): 0.2}))
     with pytest.raises(NotTested, match="no recurrence was run at two widths"):
         recall.width_helps(recalled(attention))
     chunks = lambda large, less: fabricated(
