@@ -9,7 +9,7 @@ ends, aggregates merge, the most of them after a context of a power of two, as a
 
 Training: one step (forward, backward, AdamW) of one row, recomputing nothing; memory is what its program needs.
 
-Cost: smoke, seconds. cpu: two layers of width 64, float32, to 64k tokens, the Transformer's step to 16k; about 10
+Cost: smoke, seconds. cpu: two layers of width 64, float32, to 64k tokens, the Transformer's step to 16k; about 15
 minutes on 2 cores. gpu: 4 layers of width 256 in bfloat16. paper: the size of the authors' script (4 layers of 256).
 """
 
