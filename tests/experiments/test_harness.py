@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -87,7 +88,9 @@ def test_a_table_keeps_a_row_a_cell_shows_failures_and_tries_them_again(here: Pa
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_table_goes_on_where_it_was(here: Path, stop: int) -> None:
     arguments = [sys.executable, "-m", MODULE, "--scale", "gpu", "--results", "results"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # a shell may have started these tests in the background, where SIGINT is ignored by all children
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard)
     kept = lambda: [len(path.read_text()) for path in Path("runs").glob("tables/toy/gpu/*/pieces")]
     for _ in range(600):
         time.sleep(0.1)
