@@ -3,9 +3,9 @@
 "Prefix-Scannable Models" (2506.10918), Figure 3: a Transformer-PSM of chunk 1, trained on words of 4 to 18 elements,
 errs little at ten times that length, where Transformers and Mamba fail. Its aggregator looks both ways in the paper and
 back only in the authors' code; both are run, and are one function where it has one layer and chunks are 1, as then only
-its last token is read. "The Illusion of State" (2404.08819), Figure 3: the fewest layers that
-reach 90 % of whole words right grow with the length for Transformers and state-space models, not for a recurrence with
-a full transition; "Unlocking State-Tracking" (2411.12537): DeltaNet in [-1, 1] tracks what DeltaNet in [0, 1] cannot.
+its last token is read. "The Illusion of State" (2404.08819), Figure 3: the fewest layers that reach 90 % of whole words
+right grow with the length for Transformers and state-space models, not for a recurrence with a full transition.
+"Unlocking State-Tracking" (2411.12537): DeltaNet in [-1, 1] tracks what DeltaNet in [0, 1] cannot.
 
 The Transformer with learned positions has never trained those past 18: its failure there is built in, as published.
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Inexact
 from kernels_pallas import linear
 from kernels_pallas.outer import CHUNK, chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
+from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
 
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
@@ -27,6 +28,7 @@ def _serve(
     family: str, reasons: Mapping[str, Any], chunk: int | None, multiple: int, sequence_axis: str | None
 ) -> None:
     """Raises ValueError with the first of the reasons that holds, those of every kernel among them."""
+    check_method("pallas", chunk)
     common = {
         f"the kernel is for TPUs, and this is made for {platform()}": platform() != "tpu" and not INTERPRET,
         "the kernel does not shard time": sequence_axis is not None,

@@ -130,5 +130,9 @@ def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.Monk
     chex.assert_trees_all_close(run("pallas"), run("sequential"), rtol=FLOAT32, atol=FLOAT32)
     with pytest.raises(ValueError, match="does not shard time"):
         diagonal_scan(log_decay, drive, method="pallas", sequence_axis="sequence", **options)
-    with pytest.raises(ValueError, match="chunks are a multiple of 128 steps, not 64"):
-        diagonal_scan(log_decay, drive, method="pallas", chunk=64, **options)
+    for chunk, told in (
+        (64, "chunks are a multiple of 128 steps, not 64"),
+        (0, "a number of steps of at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            diagonal_scan(log_decay, drive, method="pallas", chunk=chunk, **options)
