@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-CHUNK = 128
+from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, turned, whole_chunks
+
 WIDTHS = (512, 256, 128)  # channels of a block, the first that divides them; all of them else
 
 Planes = tuple[Any, ...]  # (real,) or (real, imaginary)
@@ -124,7 +125,7 @@ def _doubled(decay: Planes, drive: Planes, *, backward: bool = False) -> tuple[P
 def _decays(log_decay: Planes, documents: Any) -> Planes:
     """exp(g), and 0 where a document starts."""
     length, width = log_decay[0].shape
-    column = jnp.broadcast_to(documents.astype(jnp.float32), (length, length)).T[:, :1]
+    column = turned(documents)[:, :1]
     row = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
     before = jnp.where(row == 0, 0, pltpu.roll(column, 1, 0))
     return _pick(jnp.broadcast_to(column == before, (length, width)), _exp(_wide(log_decay)), 0.0)
@@ -152,35 +153,22 @@ class _Blocks:
         return jax.ShapeDtypeStruct((self.batch, self.chunks, 1, self.channels), jnp.float32)
 
 
-PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
 def _check(log_decay: Any, drive: Any, state: Any, segment: Any) -> None:
     batch, length, channels = drive.shape
-    expected = {
+    shapes = {
         "log_decay": (log_decay.shape, (batch, length, channels)),
         "state": (state.shape, (batch, channels)),
         "segment": (segment.shape, (batch, length)),
     }
-    wrong = [f"{name} {found}, not {right}" for name, (found, right) in expected.items() if found != right]
-    if len({jnp.iscomplexobj(x) for x in (log_decay, drive, state)}) > 1:
-        wrong.append(f"types {log_decay.dtype}, {drive.dtype}, {state.dtype}: all real, or all complex")
-    if wrong:
-        raise ValueError(f"linear_scan with drive {drive.shape}: {'; '.join(wrong)}")
-
-
-def _padded(chunk: int, segment: Any, *arrays: Any) -> tuple[list[Any], Any]:
-    """Steps up to whole chunks, without decay or drive, in the last document; documents counted from the chunk's."""
-    more = -segment.shape[1] % chunk
-    segment = jnp.pad(segment, ((0, 0), (0, more)), mode="edge")
-    ends = jnp.pad(segment[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))[:, :-1]
-    documents = (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
-    return [jnp.pad(x, ((0, 0), (0, more), (0, 0))) for x in arrays], documents
+    mixed = len({jnp.iscomplexobj(x) for x in (log_decay, drive, state)}) > 1
+    types = f"types {log_decay.dtype}, {drive.dtype}, {state.dtype}: all real, or all complex"
+    check_shapes(f"linear_scan with drive {drive.shape}", shapes, [types] if mixed else [])
 
 
 def _forward(log_decay: Any, drive: Any, state: Any, segment: Any, chunk: int, interpret: Any) -> Any:
     _check(log_decay, drive, state, segment)
-    (g, x), documents = _padded(chunk, segment, log_decay, drive)
+    g, x = whole_chunks(chunk, log_decay, drive, axis=1)
+    documents = documents_of(segment, chunk)
     blocks = _Blocks(x, chunk)
     logs, drives = _planes(g), _planes(x)
     initial = [plane[:, None].astype(jnp.float32) for plane in _planes(state)]
@@ -231,7 +219,8 @@ def _backward(chunk: int, interpret: Any, residuals: Any, gradients: Any) -> Any
     log_decay, drive, state, segment, states = residuals
     d_out, d_last = gradients
     length = drive.shape[1]
-    (g, x, d_out), documents = _padded(chunk, segment, log_decay, drive, d_out)
+    g, x, d_out = whole_chunks(chunk, log_decay, drive, d_out, axis=1)
+    documents = documents_of(segment, chunk)
     blocks = _Blocks(x, chunk, backward=True)
     planes = [_planes(part) for part in (g, x, d_out)]
     count = len(planes[0])

@@ -20,28 +20,38 @@ before the chunks are computed again in the backward pass, or kept in the forwar
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-CHUNK = 128  # of the TPU's matrix unit; rows of gates are laid along its 128 lanes
+from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, turned, whole_chunks
+
+
+class Form(NamedTuple):
+    """The two kernels of a kind of decay; `run` launches them."""
+
+    name: str
+    forward: Callable[..., None]
+    backward: Callable[..., None]
 
 
 def reference(
     query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: jax.Array, segment: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The recurrence a token at a time, in the widest type of its inputs."""
+    """The recurrence a token at a time, in the type of the state; log_decay is [B, H, T], or [B, H, T, K]."""
     share = value.shape[1] // query.shape[1]
     query, key = (jnp.repeat(x, share, axis=1) for x in (query, key))
     before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
-    kept = jnp.where((segment == before)[:, None], jnp.exp(log_decay), 0)
+    log_decay = log_decay.reshape(*value.shape[:3], -1)
+    kept = jnp.where((segment == before)[:, None, :, None], jnp.exp(log_decay), 0)
 
     def body(state: jax.Array, step: Any) -> Any:
         q, k, v, a = step
-        state = a[..., None, None] * state + k[..., :, None] * v[..., None, :]
+        state = a[..., None] * state + k[..., :, None] * v[..., None, :]
         return state, jnp.einsum("bhk,bhkv->bhv", q, state)
 
     moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, kept)]
@@ -49,7 +59,6 @@ def reference(
     return jnp.moveaxis(out, 0, 2), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def chunk_outer(
     query: jax.Array,
     key: jax.Array,
@@ -68,7 +77,8 @@ def chunk_outer(
     it is 0, and every change starts from zeros. Inputs are bfloat16 or float32, products gather in float32; the output
     has the type of `value`. `interpret`: as `pallas_call` takes it. Raises ValueError on shapes that do not fit.
     """
-    return _forward(query, key, value, log_decay, state, segment, chunk, save_states, interpret)[0]
+    check(FORM.name, query, key, value, log_decay, state, segment, value.shape[:3])
+    return run(FORM, chunk, save_states, interpret, query, key, value, log_decay, state, segment)
 
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
@@ -81,52 +91,92 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
     return {"forward": forward, "backward": backward}
 
 
-def _check(query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any) -> None:
+def check(
+    name: str, query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any, decays: tuple[int, ...]
+) -> None:
     batch, groups, length, size = query.shape
     heads = value.shape[1]
-    expected = {
+    shapes = {
         "key": (key.shape, (batch, groups, length, size)),
         "value": (value.shape[:3], (batch, heads, length)),
-        "log_decay": (log_decay.shape, (batch, heads, length)),
+        "log_decay": (log_decay.shape, decays),
         "state": (state.shape, (batch, heads, size, value.shape[3])),
         "segment": (segment.shape, (batch, length)),
     }
-    wrong = [f"{name} {found}, not {right}" for name, (found, right) in expected.items() if found != right]
-    if heads % groups:
-        wrong.append(f"{groups} groups of queries for {heads} heads of values")
-    if wrong:
-        raise ValueError(f"chunk_outer with query {query.shape}: {'; '.join(wrong)}")
+    uneven = [f"{groups} groups of queries for {heads} heads of values"] if heads % groups else []
+    check_shapes(f"{name} with query {query.shape}", shapes, uneven)
 
 
-def whole_chunks(chunk: int, *arrays: jax.Array) -> list[jax.Array]:
-    """Arrays [B, H, T, ..] with steps of zeros up to whole chunks."""
-    more = -arrays[0].shape[2] % chunk
-    return [jnp.pad(x, ((0, 0), (0, 0), (0, more), *((0, 0),) * (x.ndim - 3))) for x in arrays]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def run(form: Form, chunk: int, save_states: bool, interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The arrays of `chunk_outer`, checked, through the kernels of a form."""
+    return _forward(form, chunk, save_states, interpret, *arrays)[0]
 
 
-def documents_of(segment: jax.Array, chunk: int) -> jax.Array:
-    """[B, 1, T]: documents counted anew in every chunk, 0 for that of the state before it; the last one is padded."""
-    segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % chunk)), mode="edge")
-    ends = jnp.pad(segment[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))[:, :-1]
-    return (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
+def _rows(log_decay: jax.Array) -> jax.Array:
+    """[B, H, T] as rows [B, H, 1, T], in float32; [B, H, T, K] as it is."""
+    return log_decay[:, :, None].astype(jnp.float32) if log_decay.ndim == 3 else log_decay
 
 
-def _forward(
-    query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any, chunk: int, save: bool, interpret: Any
+def _forward(form: Form, chunk: int, save: bool, interpret: Any, *arrays: Any) -> Any:
+    *given, state, segment = arrays
+    q, k, v, g = whole_chunks(chunk, *given, axis=2)
+    found = _states_and_outputs(form, q, k, v, g, state, documents_of(segment, chunk), chunk, save, interpret)
+    out, after, *states = found
+    return (out[:, :, : given[0].shape[2]], after), (*arrays, states[0] if save else None)
+
+
+def _states_and_outputs(
+    form: Form, q: Any, k: Any, v: Any, g: Any, state: Any, documents: Any, chunk: int, save: bool, interpret: Any
 ) -> Any:
-    _check(query, key, value, log_decay, state, segment)
-    length = query.shape[2]
-    q, k, v, g = whole_chunks(chunk, query, key, value, log_decay.astype(jnp.float32))
+    g = _rows(g)
+    blocks = Blocks(q, v, g, chunk)
+    size = (blocks.key_size, blocks.value_size)
+    outputs = [(blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)), (blocks.state, blocks.shape(*size))]
+    outputs += [(blocks.states, blocks.shape(blocks.chunks, *size))] if save else []
+    inputs = [blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents, blocks.state]
+    launch = blocks.call(form.forward, f"{form.name}_forward", inputs, outputs, interpret)
+    return launch(q, k, v, g, documents, state.astype(jnp.float32))
+
+
+def _backward(form: Form, chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
+    *given, state, segment, states = residuals
+    d_out, d_last = gradients
+    query, key, _, log_decay = given
+    length, groups = query.shape[2], query.shape[1]
+    q, k, v, g, d_out = whole_chunks(chunk, *given, d_out, axis=2)
     documents = documents_of(segment, chunk)
-    out, after, *states = _run_forward(q, k, v, g[:, :, None], documents, state, chunk, save, interpret)
-    saved = states[0] if save else None
-    return (out[:, :, :length], after), (query, key, value, log_decay, state, segment, saved)
+    if states is None:
+        states = _states_and_outputs(form, q, k, v, g, state, documents, chunk, True, interpret)[2]
+    g = _rows(g)
+    blocks = Blocks(q, v, g, chunk, backward=True)
+    size = (blocks.key_size, blocks.value_size)
+    inputs = [blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents]
+    inputs += [blocks.states, blocks.values, blocks.state]
+    keys = (blocks.keys, blocks.shape(q.shape[2], blocks.key_size))
+    outputs = [keys, keys, (blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype))]
+    outputs += [(blocks.gates, blocks.shape(*g.shape[2:])), (blocks.state, blocks.shape(*size))]
+    launch = blocks.call(form.backward, f"{form.name}_backward", inputs, outputs, interpret)
+    dq, dk, dv, dg, d_state = launch(q, k, v, g, documents, states, d_out, d_last.astype(jnp.float32))
+    over_heads = lambda x: jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2)[:, :, :length]
+    dg = dg[:, :, 0] if log_decay.ndim == 3 else dg
+    return (
+        over_heads(dq).astype(query.dtype),
+        over_heads(dk).astype(key.dtype),
+        dv[:, :, :length],
+        dg[:, :, :length].astype(log_decay.dtype),
+        d_state.astype(state.dtype),
+        None,
+    )
+
+
+run.defvjp(_forward, _backward)
 
 
 class Blocks:
     """Block shapes and index maps over the grid (row, head, chunk); `backward`: from the last chunk to the first."""
 
-    def __init__(self, query: Any, value: Any, chunk: int, *, backward: bool = False):
+    def __init__(self, query: Any, value: Any, decays: Any, chunk: int, *, backward: bool = False):
         self.batch, groups, length, self.key_size = query.shape
         self.heads, self.value_size = value.shape[1], value.shape[3]
         self.chunk, self.chunks = chunk, length // chunk
@@ -137,7 +187,8 @@ class Blocks:
         self.shared = block((None, None, chunk, self.key_size), lambda b, h, n: (b, h // share, at(n), 0))
         self.keys = block((None, None, chunk, self.key_size), lambda b, h, n: (b, h, at(n), 0))
         self.values = block((None, None, chunk, self.value_size), lambda b, h, n: (b, h, at(n), 0))
-        self.gates = block((None, None, 1, chunk), lambda b, h, n: (b, h, 0, at(n)))
+        per_head = decays.shape[2] == 1  # a row along the steps; else [T, K] as the keys
+        self.gates = block((None, None, 1, chunk), lambda b, h, n: (b, h, 0, at(n))) if per_head else self.keys
         self.documents = block((None, 1, chunk), lambda b, h, n: (b, 0, at(n)))
         self.state = block((None, None, self.key_size, self.value_size), lambda b, h, n: (b, h, 0, 0))
         self.states = block((None, None, None, self.key_size, self.value_size), lambda b, h, n: (b, h, at(n), 0, 0))
@@ -153,28 +204,18 @@ class Blocks:
     def shape(self, *sizes: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct((self.batch, self.heads, *sizes), dtype)
 
-
-PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
-def _run_forward(
-    q: Any, k: Any, v: Any, g: Any, documents: Any, state: Any, chunk: int, save: bool, interpret: Any
-) -> Any:
-    blocks = Blocks(q, v, chunk)
-    size = (blocks.key_size, blocks.value_size)
-    outputs = [(blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)), (blocks.state, blocks.shape(*size))]
-    outputs += [(blocks.states, blocks.shape(blocks.chunks, *size))] if save else []
-    return pl.pallas_call(
-        _forward_kernel,
-        grid=blocks.grid,
-        in_specs=[blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents, blocks.state],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
-        scratch_shapes=blocks.scratch,
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="chunk_outer_forward",
-    )(q, k, v, g, documents, state.astype(jnp.float32))
+    def call(self, kernel: Any, name: str, inputs: list[Any], outputs: list[Any], interpret: Any) -> Any:
+        return pl.pallas_call(
+            kernel,
+            grid=self.grid,
+            in_specs=inputs,
+            out_specs=[spec for spec, _ in outputs],
+            out_shape=[shape for _, shape in outputs],
+            scratch_shapes=self.scratch,
+            compiler_params=PARAMS,
+            interpret=interpret,
+            name=name,
+        )
 
 
 def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
@@ -190,15 +231,13 @@ def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
 def _decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
     """`(M [L, L], a [L, 1], w [L, 1], b [1, 1])` of a chunk's gates [1, L] and documents [1, L]."""
     length = g.shape[1]
-    row = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
-    down = lambda x: jnp.broadcast_to(x.astype(jnp.float32), (length, length)).T  # along rows what was along columns
-    between = jnp.where(row > column, down(g), 0)
+    row, column = places(length)
+    between = jnp.where(row > column, turned(g), 0)
     step = 1
     while step < length:
         between = between + jnp.where(row >= step, pltpu.roll(between, step, 0), 0)
         step *= 2
-    of_row = down(documents)
+    of_row = turned(documents)
     one = (row >= column) & (of_row == documents.astype(jnp.float32))
     decay = jnp.exp(jnp.where(one, between, -jnp.inf))
     reach = jnp.exp(between[:, :1] + g[:, :1])
@@ -226,48 +265,6 @@ def _forward_kernel(*refs: Any) -> None:
     last[...] = state
 
 
-def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
-    query, key, value, log_decay, state, segment, states = residuals
-    d_out, d_last = gradients
-    length = query.shape[2]
-    q, k, v, g, d_out = whole_chunks(chunk, query, key, value, log_decay.astype(jnp.float32), d_out)
-    documents = documents_of(segment, chunk)
-    if states is None:
-        states = _run_forward(q, k, v, g[:, :, None], documents, state, chunk, True, interpret)[2]
-    blocks = Blocks(q, v, chunk, backward=True)
-    padded, size = q.shape[2], (blocks.key_size, blocks.value_size)
-    outputs = [
-        (blocks.keys, blocks.shape(padded, blocks.key_size)),
-        (blocks.keys, blocks.shape(padded, blocks.key_size)),
-        (blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        (blocks.gates, blocks.shape(1, padded)),
-        (blocks.state, blocks.shape(*size)),
-    ]
-    inputs = [blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents]
-    inputs += [blocks.states, blocks.values, blocks.state]
-    dq, dk, dv, dg, d_state = pl.pallas_call(
-        _backward_kernel,
-        grid=blocks.grid,
-        in_specs=inputs,
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
-        scratch_shapes=blocks.scratch,
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="chunk_outer_backward",
-    )(q, k, v, g[:, :, None], documents, states, d_out, d_last.astype(jnp.float32))
-    groups = query.shape[1]
-    over_heads = lambda x: jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2)[:, :, :length]
-    return (
-        over_heads(dq).astype(query.dtype),
-        over_heads(dk).astype(key.dtype),
-        dv[:, :, :length],
-        dg[:, :, 0, :length].astype(log_decay.dtype),
-        d_state.astype(state.dtype),
-        None,
-    )
-
-
 def _backward_kernel(*refs: Any) -> None:
     query, key, value, g, documents, before, d_out, d_last, dq, dk, dv, dg, d_first, held = refs
 
@@ -288,9 +285,7 @@ def _backward_kernel(*refs: Any) -> None:
     dk[...] = own_k
     dv[...] = (dot(scores, do, (0, 0)) + weight * dot(k, narrow, (1, 0))).astype(dv.dtype)
     each = jnp.sum(q.astype(jnp.float32) * own_q - k.astype(jnp.float32) * own_k, axis=1, keepdims=True)
-    length = each.shape[0]
-    row = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
+    row, column = places(each.shape[0])
     total = jnp.sum(k.astype(jnp.float32) * to_state, keepdims=True) + kept * jnp.sum(state * after, keepdims=True)
     dg[...] = jnp.sum(jnp.where(row >= column, each, 0), axis=0, keepdims=True) + total
     first = dot((carried * q).astype(kind), do, (0, 0)) + kept * after
@@ -298,4 +293,4 @@ def _backward_kernel(*refs: Any) -> None:
     d_first[...] = first
 
 
-chunk_outer.defvjp(_forward, _backward)
+FORM = Form("chunk_outer", _forward_kernel, _backward_kernel)

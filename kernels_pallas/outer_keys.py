@@ -17,7 +17,6 @@ exp(-inf) stands exp(-CLIP), which is 0 too, and whose sums stay finite.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,32 +25,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.outer import PARAMS, Blocks, documents_of, dot, whole_chunks
+from kernels_pallas.chunks import CHUNK, places, turned
+from kernels_pallas.outer import Form, check, dot, run
 
-CHUNK = 128
 CLIP = 1e4  # exp(-CLIP) is 0
 
 
-def reference(
-    query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array, state: jax.Array, segment: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The recurrence a token at a time, in the type of the state."""
-    share = value.shape[1] // query.shape[1]
-    query, key = (jnp.repeat(x, share, axis=1) for x in (query, key))
-    before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
-    kept = jnp.where((segment == before)[:, None, :, None], jnp.exp(log_decay), 0)
-
-    def body(state: jax.Array, step: Any) -> Any:
-        q, k, v, a = step
-        state = a[..., None] * state + k[..., :, None] * v[..., None, :]
-        return state, jnp.einsum("bhk,bhkv->bhv", q, state)
-
-    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, kept)]
-    state, out = jax.lax.scan(body, state, moved)
-    return jnp.moveaxis(out, 0, 2), state
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def chunk_outer_keys(
     query: jax.Array,
     key: jax.Array,
@@ -64,7 +43,9 @@ def chunk_outer_keys(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`chunk_outer` with log_decay [B, H, T, K], bfloat16 or float32: `(out [B, H, T, V], state [B, H, K, V])`."""
-    return _forward(query, key, value, log_decay, state, segment, chunk, save_states, interpret)[0]
+    decays = (*value.shape[:3], query.shape[3])
+    check(FORM.name, query, key, value, log_decay, state, segment, decays)
+    return run(FORM, chunk, save_states, interpret, query, key, value, log_decay, state, segment)
 
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
@@ -76,61 +57,13 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
     return {"forward": forward, "backward": backward}
 
 
-def _check(query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any) -> None:
-    batch, groups, length, size = query.shape
-    heads = value.shape[1]
-    expected = {
-        "key": (key.shape, (batch, groups, length, size)),
-        "value": (value.shape[:3], (batch, heads, length)),
-        "log_decay": (log_decay.shape, (batch, heads, length, size)),
-        "state": (state.shape, (batch, heads, size, value.shape[3])),
-        "segment": (segment.shape, (batch, length)),
-    }
-    wrong = [f"{name} {found}, not {right}" for name, (found, right) in expected.items() if found != right]
-    if heads % groups:
-        wrong.append(f"{groups} groups of queries for {heads} heads of values")
-    if wrong:
-        raise ValueError(f"chunk_outer_keys with query {query.shape}: {'; '.join(wrong)}")
-
-
-def _forward(
-    query: Any, key: Any, value: Any, log_decay: Any, state: Any, segment: Any, chunk: int, save: bool, interpret: Any
-) -> Any:
-    _check(query, key, value, log_decay, state, segment)
-    q, k, v, g = whole_chunks(chunk, query, key, value, log_decay)
-    out, after, *states = _run_forward(q, k, v, g, documents_of(segment, chunk), state, chunk, save, interpret)
-    residuals = (query, key, value, log_decay, state, segment, states[0] if save else None)
-    return (out[:, :, : query.shape[2]], after), residuals
-
-
-def _run_forward(
-    q: Any, k: Any, v: Any, g: Any, documents: Any, state: Any, chunk: int, save: bool, interpret: Any
-) -> Any:
-    blocks = Blocks(q, v, chunk)
-    size = (blocks.key_size, blocks.value_size)
-    outputs = [(blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)), (blocks.state, blocks.shape(*size))]
-    outputs += [(blocks.states, blocks.shape(blocks.chunks, *size))] if save else []
-    return pl.pallas_call(
-        _forward_kernel,
-        grid=blocks.grid,
-        in_specs=[blocks.shared, blocks.shared, blocks.values, blocks.keys, blocks.documents, blocks.state],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
-        scratch_shapes=blocks.scratch,
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="chunk_outer_keys_forward",
-    )(q, k, v, g, documents, state.astype(jnp.float32))
-
-
 def _levels(g: Any, one: Any) -> Iterator[tuple[Any, Any, Any]]:
     """`(R [L, K], E [L, K], mask [L, L])` of every level, then the sums over the chunk in their place.
 
     `one` [L, L] is where the two steps are of one document.
     """
     length = g.shape[0]
-    row = jax.lax.broadcasted_iota(jnp.int32, one.shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, one.shape, 1)
+    row, column = places(length)
     step = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
     reach, rest, total, size = g, jnp.zeros_like(g), g, 1
     while size < length:
@@ -150,7 +83,7 @@ def _gates(g: Any, documents: Any) -> Any:
     on to a step, and whether a step is of the last document."""
     length = documents.shape[1]
     across = jnp.broadcast_to(documents.astype(jnp.float32), (length, length))
-    down = across.T
+    down = turned(documents)
     first, last = down[:, :1], across[:1, -1:]
     return jnp.maximum(g.astype(jnp.float32), -CLIP), across == down, first == 0, first == last
 
@@ -167,69 +100,23 @@ def _forward_kernel(*refs: Any) -> None:
         before[...] = state
     g, one, carried, ends = _gates(g[...], documents[...])
     wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True), one)
+    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
     for reach, rest, mask in _levels(g, one):
         late, early = (wide_q * jnp.exp(reach)).astype(q.dtype), (wide_k * jnp.exp(rest)).astype(k.dtype)
         if mask is not None:
             scores = scores + jnp.where(mask, dot(late, early, (1, 1)), 0)
     carry = jnp.where(carried, dot(late, state.astype(q.dtype), (1, 0)), 0)
     out[...] = (dot(scores.astype(v.dtype), v, (1, 0)) + carry).astype(out.dtype)
-    kept = _turned(jnp.where(carried[-1:], jnp.exp(reach[-1:]), 0))[:, :1]
+    kept = turned(jnp.where(carried[-1:], jnp.exp(reach[-1:]), 0))[:, :1]
     state = kept * state + dot(jnp.where(ends, early, 0).astype(k.dtype), v, (0, 0))
     held[...] = state
     last[...] = state
 
 
-def _turned(vector: Any) -> Any:
-    """A row [1, K] or a column [K, 1] the other way round, in all columns or rows of [K, K]."""
-    size = max(vector.shape)
-    return jnp.broadcast_to(vector, (size, size)).T
-
-
-def _diagonal(column: Any, like: Any) -> Any:
-    row = jax.lax.broadcasted_iota(jnp.int32, like.shape, 0)
-    return jnp.where(row == jax.lax.broadcasted_iota(jnp.int32, like.shape, 1), column, 0)
-
-
-def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
-    query, key, value, log_decay, state, segment, states = residuals
-    d_out, d_last = gradients
-    length, groups = query.shape[2], query.shape[1]
-    q, k, v, g, d_out = whole_chunks(chunk, query, key, value, log_decay, d_out)
-    documents = documents_of(segment, chunk)
-    if states is None:
-        states = _run_forward(q, k, v, g, documents, state, chunk, True, interpret)[2]
-    blocks = Blocks(q, v, chunk, backward=True)
-    padded, size = q.shape[2], (blocks.key_size, blocks.value_size)
-    outputs = [
-        (blocks.keys, blocks.shape(padded, blocks.key_size)),
-        (blocks.keys, blocks.shape(padded, blocks.key_size)),
-        (blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        (blocks.keys, blocks.shape(padded, blocks.key_size)),
-        (blocks.state, blocks.shape(*size)),
-    ]
-    inputs = [blocks.shared, blocks.shared, blocks.values, blocks.keys, blocks.documents]
-    inputs += [blocks.states, blocks.values, blocks.state]
-    dq, dk, dv, dg, d_state = pl.pallas_call(
-        _backward_kernel,
-        grid=blocks.grid,
-        in_specs=inputs,
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
-        scratch_shapes=blocks.scratch,
-        compiler_params=PARAMS,
-        interpret=interpret,
-        name="chunk_outer_keys_backward",
-    )(q, k, v, g, documents, states, d_out, d_last.astype(jnp.float32))
-    over_heads = lambda x: jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2)[:, :, :length]
-    return (
-        over_heads(dq).astype(query.dtype),
-        over_heads(dk).astype(key.dtype),
-        dv[:, :, :length],
-        dg[:, :, :length].astype(log_decay.dtype),
-        d_state.astype(state.dtype),
-        None,
-    )
+def _diagonal(column: Any) -> Any:
+    """A column [L, 1] on the diagonal of [L, L]."""
+    row, other = places(column.shape[0])
+    return jnp.where(row == other, column, 0)
 
 
 def _backward_kernel(*refs: Any) -> None:
@@ -245,7 +132,7 @@ def _backward_kernel(*refs: Any) -> None:
     wide_q, wide_k, narrow = q.astype(jnp.float32), k.astype(jnp.float32), after.astype(kind)
     d_scores = dot(do, v, (1, 1))
     own = jnp.sum(do.astype(jnp.float32) * v.astype(jnp.float32), axis=1, keepdims=True)  # of a step with itself
-    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True), one)
+    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
     own_q, own_k = own * wide_k, own * wide_q
     for reach, rest, mask in _levels(g, one):
         from_start, to_end = jnp.exp(reach), jnp.exp(rest)
@@ -262,17 +149,17 @@ def _backward_kernel(*refs: Any) -> None:
     dq[...] = own_q
     dk[...] = own_k
     dv[...] = (dot(scores.astype(kind), do, (0, 0)) + dot(early, narrow, (1, 0))).astype(dv.dtype)
-    kept = _turned(jnp.where(carried[-1:], from_start[-1:], 0))[:, :1]
+    kept = turned(jnp.where(carried[-1:], from_start[-1:], 0))[:, :1]
     each, step = wide_q * own_q - wide_k * own_k, 1
     row = jax.lax.broadcasted_iota(jnp.int32, each.shape, 0)
     while step < each.shape[0]:  # sums from each step to the end
         each = each + jnp.where(row < each.shape[0] - step, pltpu.roll(each, each.shape[0] - step, 0), 0)
         step *= 2
-    flowing = _turned(jnp.sum(kept * state * after, axis=1, keepdims=True))[:1]
+    flowing = turned(jnp.sum(kept * state * after, axis=1, keepdims=True))[:1]
     dg[...] = each + flowing + jnp.sum(wide_k * to_state, axis=0, keepdims=True)
     first = dot(late, do, (0, 0)) + kept * after
     held[...] = first
     d_first[...] = first
 
 
-chunk_outer_keys.defvjp(_forward, _backward)
+FORM = Form("chunk_outer_keys", _forward_kernel, _backward_kernel)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from kernels_pallas import linear
-from kernels_pallas.outer import CHUNK, chunk_outer
+from kernels_pallas.chunks import CHUNK
+from kernels_pallas.linear import linear_scan
+from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
@@ -24,15 +25,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _serve(
-    family: str, reasons: Mapping[str, Any], chunk: int | None, multiple: int, sequence_axis: str | None
-) -> None:
+def _serve(family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None) -> None:
     """Raises ValueError with the first of the reasons that holds, those of every kernel among them."""
     check_method("pallas", chunk)
     common = {
         f"the kernel is for TPUs, and this is made for {platform()}": platform() != "tpu" and not INTERPRET,
         "the kernel does not shard time": sequence_axis is not None,
-        f"chunks are a multiple of {multiple} steps, not {chunk}": chunk is not None and chunk % multiple,
+        f"chunks are a multiple of {CHUNK} steps, not {chunk}": chunk is not None and chunk % CHUNK,
     }
     for reason, holds in {**common, **reasons}.items():
         if holds:
@@ -72,17 +71,17 @@ def outer(
         "the kernel has no bonus": bonus is not None,
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
     }
-    _serve("outer", reasons, chunk=chunk, multiple=CHUNK, sequence_axis=sequence_axis)
+    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis)
     batch, length, heads, size = value.shape
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
     arrays = (query, key, value, log_decay.astype(jnp.float32))
-    by_head = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
+    q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
     documents = _documents(segments, (batch, length))
     run = chunk_outer_keys if log_decay.ndim == 4 else chunk_outer
-    out, state = run(*by_head, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    out, state = run(q, k, v, g, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
 
@@ -98,10 +97,10 @@ def diagonal(
     """`diagonal_scan` by `linear_scan`. Raises ValueError where that cannot serve, and why."""
     kind = jnp.result_type(log_decay, drive, jnp.float32)
     reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
-    _serve("diagonal", reasons, chunk=chunk, multiple=linear.CHUNK, sequence_axis=sequence_axis)
+    _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis)
     if state is None:
         state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
     arrays = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
     documents = _documents(segments, drive.shape[:2])
-    out, state = linear.linear_scan(*arrays, state.astype(kind), documents, chunk or linear.CHUNK, INTERPRET)
+    out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state

@@ -48,7 +48,7 @@ each = pytest.mark.parametrize("kind", KERNELS)
 
 
 def expected(kind: str, arrays: list[Any]) -> Any:
-    return in_float64(lambda *a: KERNELS[kind][0].reference(*a, arrays[5]), *arrays[:5])
+    return in_float64(lambda *a: outer.reference(*a, arrays[5]), *arrays[:5])
 
 
 NAMES = ("out", "state", "d query", "d key", "d value", "d log_decay", "d state")
@@ -90,7 +90,7 @@ def test_the_kernel_equals_the_recurrence_in_float64(
 def test_a_kernel_that_is_wrong_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that loses a thousandth of the state between two chunks, as a control of the test above."""
     module, kernel = KERNELS[kind]
-    right = module._forward_kernel
+    right = module.FORM.forward
 
     def wrong(*refs: Any) -> None:
         right(*refs)
@@ -98,10 +98,10 @@ def test_a_kernel_that_is_wrong_is_found(kind: str, monkeypatch: pytest.MonkeyPa
 
     arrays = inputs(130, 16, 16, batch=1, per_key=kind == "per key")
     arrays[3], arrays[5] = jnp.full_like(arrays[3], -0.01), jnp.zeros_like(arrays[5])
-    found = module.reference(*arrays)
+    found = outer.reference(*arrays)
     run = lambda: jax.jit(lambda *a: kernel(*a, outer.CHUNK, False, True))(*arrays)
     assert_same(NAMES, run(), found, FLOAT32)
-    monkeypatch.setattr(module, "_forward_kernel", wrong)
+    monkeypatch.setattr(module, "FORM", module.FORM._replace(forward=wrong))
     with pytest.raises(AssertionError, match="out"):
         assert_same(NAMES, run(), found, FLOAT32)
 

@@ -1,0 +1,45 @@
+"""What the kernels share: checks of shapes, whole chunks, documents, rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+CHUNK = 128  # of the TPU's matrix unit; rows of gates are laid along its 128 lanes
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def check_shapes(call: str, shapes: Mapping[str, tuple[Any, Any]], wrong: Sequence[str] = ()) -> None:
+    """Raises ValueError on arrays, by name, whose shape is not the one beside it, and on what else is wrong."""
+    told = [f"{name} {found}, not {right}" for name, (found, right) in shapes.items() if found != right]
+    if told or wrong:
+        raise ValueError(f"{call}: {'; '.join([*told, *wrong])}")
+
+
+def whole_chunks(chunk: int, *arrays: jax.Array, axis: int) -> list[jax.Array]:
+    """Arrays with steps of zeros along `axis` up to whole chunks."""
+    more = -arrays[0].shape[axis] % chunk
+    return [jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) for x in arrays]
+
+
+def documents_of(segment: jax.Array, chunk: int) -> jax.Array:
+    """[B, 1, T]: documents counted anew in every chunk, 0 for that of the state before it; the last one is padded."""
+    segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % chunk)), mode="edge")
+    ends = jnp.pad(segment[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))[:, :-1]
+    return (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
+
+
+def turned(vector: Any) -> Any:
+    """A row [1, N] or a column [N, 1] the other way round, in all columns or rows of a float32 [N, N]."""
+    size = max(vector.shape)
+    return jnp.broadcast_to(vector.astype(jnp.float32), (size, size)).T
+
+
+def places(length: int) -> tuple[Any, Any]:
+    """The row and the column of every entry of [L, L]."""
+    shape = (length, length)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
