@@ -113,7 +113,9 @@ def _compared(table: Table, entry: Entry, measure: Measure) -> list[str]:
     if published is None:
         return ["-", "-"]
     best = max if measure.better == "higher" else min
-    ours = (best if published.over == "best" else statistics.mean)(values) if values else None
+    ours = None
+    if values:  # the best of all variants, as `Results.value` takes it
+        ours = best(entry.of_all(measure.name)) if published.over == "best" else statistics.mean(values)
     told = measure.form.format(published.value) + (" (best)" if published.over == "best" else "")
     return [told, "-" if ours is None else f"{ours - published.value:+.3f}"]
 

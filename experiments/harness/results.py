@@ -31,6 +31,11 @@ class Entry:
     def values(self, metric: str) -> list[float]:
         return [row["metrics"][metric] for row in self.rows if row["metrics"].get(metric) is not None]
 
+    def of_all(self, metric: str) -> list[float]:
+        """The values of every variant's runs, not of the chosen one's alone."""
+        found = [row["metrics"].get(metric) for _, rows in self.swept for row in rows]
+        return [value for value in found if value is not None]
+
     def endless(self, metric: str) -> int:
         """How many rows have the metric, but not as a finite number."""
         return sum(metric in row["metrics"] and row["metrics"][metric] is None for row in self.rows)
@@ -108,8 +113,7 @@ class Results:
         form = lambda value: measure.form.format(value) if measure.name == name else f"{value:.3g}"
         found, told = statistics.mean(values), ""
         if over == "best":
-            runs = [row["metrics"].get(name) for _, rows in entry.swept for row in rows]
-            runs = [value for value in runs if value is not None]
+            runs = entry.of_all(name)
             found = max(runs) if measure.better == "higher" else min(runs)
             told = f", best of {len(runs)} runs, whose mean is {form(statistics.mean(runs))}" if len(runs) > 1 else ""
         self.read.append(f"{model}, {setting}: {form(found)}{told}")
