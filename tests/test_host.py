@@ -25,6 +25,7 @@ for _ in range(10):
 print((faults() - before) / 10)
 """
 PAGES = 6144 * 2048 * 4 / 4096  # of its input alone
+ATTEMPTS = 6  # what else the runtime takes may stand in the way of large pieces: in 1 of 8 processes, on a busy machine 2
 
 
 def run(*arguments: str) -> list[str]:
@@ -34,10 +35,16 @@ def run(*arguments: str) -> list[str]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_memory_that_was_freed_is_kept() -> None:
-    (without,), (kept, faults) = run(), run("keep")
-    assert kept == "True"
+    (without,) = run()
     assert float(without) > PAGES / 2  # otherwise this shows nothing
-    assert float(faults) < float(without) / 2  # some comes from the system in any case
+    found = []
+    for _ in range(ATTEMPTS):
+        kept, faults = run("keep")
+        assert kept == "True"
+        found.append(float(faults))
+        if found[-1] < float(without) / 2:
+            return
+    pytest.fail(f"{without} pages a run from the system without, {found} with")
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
