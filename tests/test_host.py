@@ -25,7 +25,7 @@ for _ in range(10):
 print((faults() - before) / 10)
 """
 PAGES = 6144 * 2048 * 4 / 4096  # of its input alone
-ATTEMPTS = 6  # what else the runtime takes may stand in the way of large pieces: in 1 of 8 processes, on a busy machine 2
+ATTEMPTS = 6  # what else is allocated may stand in the way of large pieces: in one process of five, on a busy machine
 
 
 def run(*arguments: str) -> list[str]:
