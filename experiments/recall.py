@@ -41,14 +41,22 @@ width_of = lambda setting: int(setting.split("width ")[1])
 ZOO = {ATTENTION: "Transformer, NoPE", "Gated DeltaNet": "Gated DeltaNet [0, 1]"}  # names there, where they differ
 RECURRENT = ("Mamba-2", "GLA", "Gated DeltaNet", "mLSTM", "Griffin")
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)  # logspace(-4, -2, 4)
-SHORTER = {Scale.SMOKE: (20, 8, 16), Scale.CPU: (600, 64, 1_000), Scale.GPU: (4_000, 256, 1_000)}  # steps, rows, tests
+CONVOLVED = ("Mamba-2", "Gated DeltaNet")  # mixers that begin with a short convolution
+SHORTER = {
+    Scale.SMOKE: (20, 8, 16),
+    Scale.CPU: (1_600, 16, 1_000),
+    Scale.GPU: (4_000, 256, 1_000),
+}  # steps, rows, tests
 SMALL = MQAR(64, 8, vocab_size=512, power_a=1.0)
-CURRICULUM = tuple((150, dataclasses.replace(SMALL, length=n, pairs=n // 4)) for n in (16, 32))
+CURRICULUM = tuple((steps, dataclasses.replace(SMALL, length=n, pairs=n // 4)) for n, steps in ((16, 1_000), (32, 300)))
 TRAINING = TrainConfig(batch_size=512, weight_decay=0.1, betas=(0.9, 0.999), final_fraction=0.0)
 
 
 def build(name: str, width: int, length: int, small: bool = False) -> ModelConfig:
-    """Two layers, as in Zoology; attention with one head and learned positions. `small`: one, behind one over pairs."""
+    """Two layers, as in Zoology; attention with one head and learned positions.
+
+    `small`: one, and one of attention over two tokens before mixers that do not begin with a short convolution.
+    """
     layers = 1 if small else 2
     if name.startswith("PSM"):
         model = zoo.psm(width, chunk=int(name.split()[-1]), aggregator=layers, inference=layers, heads=1)
@@ -56,7 +64,7 @@ def build(name: str, width: int, length: int, small: bool = False) -> ModelConfi
         options = {"channel": None} if small else {"learned_positions": length} if name == ATTENTION else {}
         heads = 1 if "attention" in name else 2
         model = zoo.model(ZOO.get(name, name), width, layers, heads=heads, window=length // 4, **options)
-    return zoo.after_pairs(model) if small else model
+    return zoo.after_pairs(model) if small and name not in CONVOLVED else model
 
 
 def parent(task: MQAR, width: int, rate: float) -> TaskRun:
@@ -74,7 +82,7 @@ def grid(scale: Scale) -> list[tuple[str, MQAR, tuple[int, ...], tuple[float, ..
     if scale == Scale.SMOKE:
         return [("length 64, 8 pairs", SMALL, (16,), RATES[2:3], (ATTENTION, "Mamba-2"))]
     if scale == Scale.CPU:
-        return [("length 64, 8 pairs", SMALL, (16, 64), RATES[2:], CPU_MODELS)]
+        return [("length 64, 8 pairs", SMALL, (16, 32, 64), RATES[2:], CPU_MODELS)]
     if scale == Scale.GPU:
         return [(name, task, (64, 128), RATES[2:], MODELS) for name, task in zoology[:3]]
     return [(name, task, (64, 128, 256, 512), RATES, MODELS) for name, task in (*zoology, spread)]
@@ -88,7 +96,7 @@ def cells(scale: Scale) -> Iterator[Cell]:
             if scale in SHORTER:
                 steps, rows, tested = SHORTER[scale]
                 run = run.shorter(steps=steps, rows=rows, test_size=tested)
-                run = dataclasses.replace(run, curriculum=CURRICULUM if scale == Scale.CPU else ())
+                run = dataclasses.replace(run, curriculum=CURRICULUM if scale == Scale.CPU else (), packed=True)
             yield Cell(name, f"{title}, width {width}", run, base, f"rate {rate:g}" if len(rates) > 1 else "")
 
 

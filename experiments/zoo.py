@@ -67,11 +67,18 @@ def model(name: str, width: int, layers: int, *, heads: int = 4, window: int = 1
 
 
 def psm(
-    width: int, *, chunk: int, aggregator: int = 1, inference: int = 1, heads: int = 4, causal_aggregator: bool = False
+    width: int,
+    *,
+    chunk: int,
+    aggregator: int = 1,
+    inference: int = 1,
+    heads: int = 4,
+    causal_aggregator: bool = False,
+    positions: Positions = Positions.ROPE,
 ) -> ModelConfig:
     """Transformer-PSM (arXiv 2506.10918): so many layers in the aggregator and in the inference, without positions
     beyond those inside (prefix, chunk)."""
-    attention, mlp = AttentionConfig(heads=heads), MLPConfig(expansion=2)
+    attention, mlp = AttentionConfig(heads=heads, positions=positions), MLPConfig(expansion=2)
     block = Block(attention, mlp)
     scan = PrefixScan(
         aggregator=(((block,), aggregator),),

@@ -150,14 +150,17 @@ def measure(
     """Loss, remembrance and size of the state against position, and their values at multiples of `length`.
 
     The loss at a position is the mean over the second half of the positions up to there. `loss_1x` is at the training
-    length, `loss_last` over the second half of the longest row. `remembrance` is that of what lies more than four
-    training lengths back.
+    length, `loss_last` over the second half of the longest row, `loss_afresh` in the same text where the model knows no
+    more of it than in training, and `rise` what lies between the two: what harm the longer past does. `remembrance` is
+    that of what lies more than four training lengths back.
     """
     last = min(longest, len(heldout) - 1)
     positions, losses = _losses(model, heldout, length=length, last=last, rows=rows)
     at = dict(zip(positions, losses, strict=True))
     metrics = {f"loss_{k}x": at[k * length] for k in (1, 8, 16, 64) if k * length in at}
-    metrics |= {"loss_last": losses[-1], "rise": losses[-1] - at[length], "last": last}
+    begin, end = [length // 2, *positions][-2:]
+    afresh = _afresh(model, heldout[begin - length // 2 : end + 1], length=length, rows=rows)
+    metrics |= {"loss_last": losses[-1], "loss_afresh": afresh, "rise": losses[-1] - afresh, "last": last}
     if 16 * length in at:
         metrics["perplexity_16x"] = float(np.exp(at[16 * length]))
     curves: dict[str, Curve] = {"loss": {"position": positions, "loss": losses}}
@@ -202,6 +205,19 @@ def _losses(model: Any, heldout: np.ndarray, *, length: int, last: int, rows: in
             )
             positions, losses, first = positions + edges[1:], losses + read(tokens, edges), edges[-1]
     return positions, losses
+
+
+def _afresh(model: Any, tokens: Int[np.ndarray, " T+1"], *, length: int, rows: int) -> float:
+    """The loss of tokens, all but the first half of a training length, each with a half to a whole of one before it."""
+    from seqmodels.train import loss_by_position
+
+    half = length // 2
+    starts = np.arange(0, len(tokens) - length, half)
+    batch = min(len(starts), rows * SHORT // NEAR)
+    starts = starts[: len(starts) // batch * batch]  # whole batches: one program
+    windows = tokens[starts.reshape(-1, batch)[..., None] + np.arange(length + 1)]
+    found = [loss_by_position(model, piece, edges=[half, length], chunk=length).loss[0] for piece in windows]
+    return float(np.mean(found))
 
 
 def _remembrance(model: Any, tokens: Int[np.ndarray, "B T"], length: int) -> tuple[float, Curve]:

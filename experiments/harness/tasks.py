@@ -21,8 +21,8 @@ CHECKPOINTS = 5  # of a run
 class TaskRun:
     """Training on `task`, and before it on each `(steps, task)` of the curriculum; then `test`, `test_size` rows of it.
 
-    Vocabulary and row length are those of the task that is longest. `examples`: rows of the training set, which come
-    again in every epoch; None: no row comes twice.
+    Vocabulary and row length are those of the task that is longest; `packed`: a row holds as many examples of a shorter
+    one as fit. `examples`: rows of the training set, which come again in every epoch; None: no row comes twice.
     """
 
     model: ModelConfig
@@ -31,6 +31,7 @@ class TaskRun:
     test: Task
     curriculum: tuple[tuple[int, Task], ...] = ()
     examples: int | None = None
+    packed: bool = False
     test_size: int = 1024
     test_batch: int = 128
 
@@ -73,7 +74,8 @@ class TaskRun:
         from seqmodels.data.tasks import make_stages_loader
 
         stages = (*self.curriculum, (None, self.task))
-        return make_stages_loader(stages, batch_size=config.batch_size, seed=config.seed, size=self.examples)
+        arguments = {"size": self.examples, "packed": self.packed}
+        return make_stages_loader(stages, batch_size=config.batch_size, seed=config.seed, **arguments)
 
 
 class Counted:

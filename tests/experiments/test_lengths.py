@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -93,7 +95,7 @@ def test_a_base_is_trained_once_and_gone_on_from(
     assert taken == [0, 1, 2]
     assert list(told.curve["training"]["step"]) == [1, 2, 3]
     assert told.curve["loss"]["position"] == [8, 16, 32, 64, 128]
-    assert told.metrics["rise"] == told.metrics["loss_last"] - told.metrics["loss_1x"]
+    assert told.metrics["rise"] == told.metrics["loss_last"] - told.metrics["loss_afresh"]
     assert told.metrics["perplexity_16x"] == pytest.approx(np.exp(told.metrics["loss_16x"]))
     assert 0 <= told.metrics["remembrance"] <= 1
     assert told.metrics["std_8x"] > 0
@@ -108,6 +110,19 @@ def test_a_base_is_trained_once_and_gone_on_from(
     assert base.base.get(work("three")).loss == told.curve["training"]
     with pytest.raises(InterruptedError):  # other settings are another base, which has to be trained
         other.get(work("other"))
+
+
+def test_a_rise_is_told_from_the_same_text_read_afresh(quick_compilation: None, short: None) -> None:
+    """Every token of the last half, with 4 to 8 tokens before it."""
+    model = MODEL.make(rngs=nnx.Rngs(0))
+    metrics, _ = lengths.measure(model, TEXT, length=8, longest=64, rows=1)
+    losses = []
+    for target in range(33, 65):
+        first = (target - 1) // 4 * 4 - 4
+        hidden, _, _ = model.forward(jnp.asarray(TEXT[None, first:target]))
+        losses.append(-jax.nn.log_softmax(model.logits(hidden)[0, -1].astype(jnp.float32))[TEXT[target]])
+    np.testing.assert_allclose(metrics["loss_afresh"], np.mean(losses), rtol=1e-5)
+    assert metrics["loss_1x"] != metrics["loss_afresh"]
 
 
 def raises(self: Windows) -> None:

@@ -157,8 +157,8 @@ def make_task_loader(
 class Stages:
     """A curriculum's batches: so many of each stage in turn, the last without end; resumable as the loaders are."""
 
-    def __init__(self, stages: Sequence[tuple[int | None, Task]], length: int, make: Any):
-        self._stages, self._length, self._make = stages, length, make
+    def __init__(self, stages: Sequence[tuple[int | None, Task]], length: int, rows: int, make: Any):
+        self._stages, self._length, self._rows, self._make = stages, length, rows, make
         self._enter(0)
 
     def _enter(self, stage: int) -> None:
@@ -172,7 +172,7 @@ class Stages:
         while self._taken == self._stages[self._stage][0]:
             self._enter(self._stage + 1)
         self._taken += 1
-        batch = next(self._batches)
+        batch = {name: array.reshape(self._rows, -1) for name, array in next(self._batches).items()}
         missing = self._length - batch["tokens"].shape[1]
         return {name: np.pad(array, ((0, 0), (0, missing))) for name, array in batch.items()}
 
@@ -188,12 +188,18 @@ class Stages:
 
 
 def make_stages_loader(
-    stages: Sequence[tuple[int | None, Task]], *, batch_size: int, seed: int, size: int | None = None
+    stages: Sequence[tuple[int | None, Task]],
+    *,
+    batch_size: int,
+    seed: int,
+    size: int | None = None,
+    packed: bool = False,
 ) -> Stages:
     """Batches of a curriculum: `(number of batches, task)` one stage after the other, the last without end (None).
 
     Rows are padded to the longest task's length, so that one program serves all; all tasks share a vocabulary. Each
-    stage draws rows of its own. `size` as in `make_task_loader`, of every stage.
+    stage draws rows of its own. `size` as in `make_task_loader`, of every stage. `packed`: as many examples of a
+    shorter task as fit stand in a row, each a document of its own.
     """
     if not stages or stages[-1][0] is not None or any(count is None or count < 1 for count, _ in stages[:-1]):
         counts = [count for count, _ in stages]
@@ -201,8 +207,13 @@ def make_stages_loader(
     vocabularies = {task.vocab_size for _, task in stages}
     if len(vocabularies) > 1:
         raise ValueError(f"the stages have vocabularies of {sorted(vocabularies)} tokens: a model has one")
-    make = lambda task, stage: make_task_loader(task, batch_size=batch_size, seed=_stage_seed(seed, stage), size=size)
-    return Stages(stages, max(task.length for _, task in stages), make)
+    length = max(task.length for _, task in stages)
+
+    def make(task: Task, stage: int) -> grain.DatasetIterator:
+        examples = batch_size * (length // task.length if packed else 1)
+        return make_task_loader(task, batch_size=examples, seed=_stage_seed(seed, stage), size=size)
+
+    return Stages(stages, length, batch_size, make)
 
 
 def _stage_seed(seed: int, stage: int) -> int:

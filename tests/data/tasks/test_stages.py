@@ -29,13 +29,25 @@ def test_stages_follow_one_another_in_rows_of_one_length():
     assert not np.array_equal(again[0]["tokens"], again[1]["tokens"])
 
 
+def test_packed_rows_hold_as_many_examples_as_fit():
+    found = take(make_stages_loader(STAGES, batch_size=50, seed=3, packed=True), 6)
+    starts = [np.flatnonzero(batch["start"].all(0)).tolist() for batch in found]
+    assert starts == [[0, 4], [0, 4], [0], [0], [0], [0]]
+    assert all(batch["start"].sum() == 50 * len(start) for batch, start in zip(found, starts, strict=True))
+    alone = next(make_task_loader(SHORT, batch_size=100, seed=3))
+    for name, array in alone.items():
+        np.testing.assert_array_equal(found[0][name][:, :8].reshape(100, 4), array)
+        assert not found[0][name][:, 8:].any()
+
+
 @pytest.mark.parametrize("stop", [0, 1, 2, 4, 5, 7])
-def test_it_goes_on_from_its_state(stop):
-    batches = make_stages_loader(STAGES, batch_size=3, seed=0)
+@pytest.mark.parametrize("packed", [False, True])
+def test_it_goes_on_from_its_state(stop, packed):
+    batches = make_stages_loader(STAGES, batch_size=3, seed=0, packed=packed)
     take(batches, stop)
     state = batches.get_state()
     expected = take(batches, 4)
-    fresh = make_stages_loader(STAGES, batch_size=3, seed=0)
+    fresh = make_stages_loader(STAGES, batch_size=3, seed=0, packed=packed)
     fresh.set_state(state)
     for batch, wanted in zip(take(fresh, 4), expected, strict=True):
         assert all(np.array_equal(batch[name], wanted[name]) for name in wanted)
