@@ -39,6 +39,7 @@ def mixers(width: int, *, heads: int = 4, window: int = 16) -> dict[str, tuple[M
         "mLSTM": (MLSTMConfig.original(heads=heads),),
         "Mamba-2": (Mamba2Config(head_size=2 * head, state_size=head),),
         "GLA": (GLAConfig(heads=heads),),
+        "GLA, convolution": (GLAConfig(heads=heads, conv_width=4),),
         "DeltaNet [0, 1]": (DeltaNetConfig(heads=heads),),
         "DeltaNet [-1, 1]": (DeltaNetConfig(heads=heads, eigenvalues=Eigenvalues.SIGNED),),
         "Gated DeltaNet [0, 1]": (gated_delta(heads, Eigenvalues.POSITIVE),),
@@ -74,15 +75,15 @@ def psm(
     inference: int = 1,
     heads: int = 4,
     causal_aggregator: bool = False,
-    positions: Positions = Positions.ROPE,
+    bare: bool = False,
 ) -> ModelConfig:
     """Transformer-PSM (arXiv 2506.10918): so many layers in the aggregator and in the inference, without positions
-    beyond those inside (prefix, chunk)."""
-    attention, mlp = AttentionConfig(heads=heads, positions=positions), MLPConfig(expansion=2)
-    block = Block(attention, mlp)
+    beyond those inside (prefix, chunk). `bare`: without these too, and without MLPs."""
+    attention = AttentionConfig(heads=heads, positions=Positions.NOPE if bare else Positions.ROPE)
+    layer = attention if bare else Block(attention, MLPConfig(expansion=2))
     scan = PrefixScan(
-        aggregator=(((block,), aggregator),),
-        inference=(((block,), inference),),
+        aggregator=(((layer,), aggregator),),
+        inference=(((layer,), inference),),
         chunk=chunk,
         causal_aggregator=causal_aggregator,
     )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from seqmodels.layers.linear import Linear, scaled
 from seqmodels.layers.norms import RMSNorm
+from seqmodels.layers.short_conv import ShortConv
 from seqmodels.operators.family import check_method
 from seqmodels.operators.outer import gated_linear_attention
 from seqmodels.typing import Context, Memory, MixerConfig
@@ -28,7 +29,9 @@ class GLAConfig(MixerConfig):
 
     Keys have `expand_key` times the model's width over all `heads`, values `expand_value` times; the gates' rank is
     `gate_rank`. The norm is per head, with one scale for all heads. The output projection starts with its variance
-    divided by depth. `chunk`: tokens per chunk of the scan, None for the operator's own choice.
+    divided by depth. `conv_width`: q, k and v pass a causal convolution over so many tokens and a SiLU first, with
+    which associations of neighbours are learned sooner; None as in the paper. `chunk`: tokens per chunk of the scan,
+    None for the operator's own choice.
     """
 
     heads: int = 4
@@ -36,13 +39,14 @@ class GLAConfig(MixerConfig):
     expand_value: float = 1.0
     gate_rank: int = 16
     temperature: float = 16.0
+    conv_width: int | None = None
     method: str = "auto"
     chunk: int | None = None
 
     def __post_init__(self):
         check_method(self.method, self.chunk)
-        for field in ("heads", "gate_rank"):
-            if getattr(self, field) < 1:
+        for field in ("heads", "gate_rank", "conv_width"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
         for field in ("expand_key", "expand_value", "temperature"):
             if getattr(self, field) <= 0:
@@ -54,6 +58,7 @@ class GLAConfig(MixerConfig):
 
 class GLAState(NamedTuple):
     memory: Float[Array, "B H K V"]
+    conv: Float[Array, "B W D"] | None = None
 
 
 def head_sizes(width: int, config: Any) -> tuple[int, int]:
@@ -82,6 +87,8 @@ class GLA(nnx.Module):
         self.query = inner(keys)
         self.key = inner(keys)
         self.value = inner(values)
+        conv = functools.partial(ShortConv, 2 * keys + values, rngs=rngs, bias=False, variance=1 / 3, axis="heads")
+        self.conv = None if config.conv_width is None else conv(config.conv_width)
         self.gate = inner(values)
         self.decay_in = Linear(width, config.gate_rank, rngs=rngs, axes=("embed", None))
         self.decay_out = Linear(config.gate_rank, keys, rngs=rngs, axes=(None, "heads"), bias=True)
@@ -91,7 +98,8 @@ class GLA(nnx.Module):
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = jnp.float32) -> GLAState:
         """Zeros; `capacity` does not matter, the state is as large after any number of tokens."""
         shape = (batch, self.config.heads, self.key_size, self.value_size)
-        return GLAState(jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32)))
+        conv = None if self.conv is None else self.conv.init_state(batch, dtype)
+        return GLAState(jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32)), conv)
 
     def __call__(
         self, x: Float[Array, "B T D"], state: GLAState | None, context: Context
@@ -103,12 +111,18 @@ class GLA(nnx.Module):
 
         x = jnp.where(segments.valid[..., None], x, 0)
         heads = lambda y: y.reshape(*x.shape[:2], config.heads, -1)
+        projected, conv = [self.query(x), self.key(x), self.value(x)], None
+        if self.conv is not None:
+            mixed, conv = self.conv(jnp.concatenate(projected, axis=-1), state.conv, context)
+            ends = (projected[0].shape[-1], 2 * projected[0].shape[-1])
+            projected = jnp.split(jax.nn.silu(mixed), ends, axis=-1)
+        query, key, value = map(heads, projected)
         low = self.decay_in(x).astype(jnp.promote_types(x.dtype, jnp.float32))
         log_decay = jax.nn.log_sigmoid(self.decay_out(low)) / config.temperature
         y, memory = gated_linear_attention(
-            heads(self.query(x)) * self.key_size**-0.5,
-            heads(self.key(x)),
-            heads(self.value(x)),
+            query * self.key_size**-0.5,
+            key,
+            value,
             heads(log_decay),
             state.memory,
             segments=segments,
@@ -117,4 +131,4 @@ class GLA(nnx.Module):
             sequence_axis=context.sequence_axis,
         )
         y = self.norm(y.astype(x.dtype)).reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x))
-        return jnp.where(segments.valid[..., None], self.out(y), 0), GLAState(memory)
+        return jnp.where(segments.valid[..., None], self.out(y), 0), GLAState(memory, conv)
