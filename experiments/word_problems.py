@@ -22,17 +22,17 @@ import itertools
 from typing import TYPE_CHECKING
 
 from experiments.harness import Claim, Measure, NotTested, Results, Scale, Table, main, plots
-from experiments.word_settings import BACK, BOTH, DEEP, DEPTHS, LONGEST, MODELS, TRAINED, cells, title
+from experiments.word_settings import BACK, BOTH, DEEP, DEPTHS, LONGEST, MODELS, SWAPS, TRAINED, cells, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE = "2506.10918, Figure 3"
-ENOUGH, MARGIN, GROUPS = 0.9, 0.02, ("S5", "A5", "S3")
+ENOUGH, MARGIN, GROUPS = 0.9, 0.02, ("S5", "A5", SWAPS)
 
 
 def asked(results: Results) -> str:
-    """The paper's S5 where it is run, else A5, else S3."""
+    """The paper's S5 where it is run, else A5, else S3 by swaps."""
     return next((title(group) for group in GROUPS if title(group) in results.settings()), title("S5"))
 
 

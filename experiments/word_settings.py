@@ -20,10 +20,12 @@ MODELS = (
 )
 DEEP, DEPTHS = ("Transformer, RoPE", "Mamba-2"), (1, 2, 4)
 RATE = 2e-3
+RATES = {Scale.SMOKE: (RATE,), Scale.CPU: (RATE, 1e-2), Scale.GPU: (RATE,)}
 WIDTH = {Scale.SMOKE: 16, Scale.CPU: 64, Scale.GPU: 128}
-GROUPS = {Scale.SMOKE: ("S3",), Scale.CPU: ("S3",)}  # of which words are made; A5 and S5 otherwise
-SHORTER = {Scale.SMOKE: (10, 8, 8), Scale.CPU: (1_500, 64, 256), Scale.GPU: (20_000, 128, 1024)}  # steps, rows, tests
-DEPTH_STEPS = {Scale.SMOKE: 10, Scale.CPU: 4_000, Scale.GPU: 20_000}
+SWAPS = "S3 by swaps"
+GROUPS = {Scale.SMOKE: (SWAPS,), Scale.CPU: (SWAPS,)}  # of which words are made; A5 and S5 otherwise
+SHORTER = {Scale.SMOKE: (10, 8, 8), Scale.CPU: (2_500, 16, 256), Scale.GPU: (20_000, 128, 1024)}  # steps, rows, tests
+DEEPER = {Scale.SMOKE: (10, 16, 8), Scale.CPU: (4_000, 128, 256), Scale.GPU: (20_000, 256, 1024)}  # for the layers
 PUBLISHED = TrainConfig(steps=6_000, batch_size=32, learning_rate=1e-4, warmup=0, weight_decay=0.01, betas=(0.9, 0.999))
 
 
@@ -39,16 +41,17 @@ def title(group: str) -> str:
     return f"{group}, words of 4 to 18"
 
 
-def extrapolation(name: str, group: str, scale: Scale) -> Cell:
-    """Training on 4 to 18 elements, one test of 180, whose every position is a length."""
-    task = WordProblem(group, 18, min_length=4, test_length=LONGEST)
+def extrapolation(name: str, group: str, scale: Scale, rate: float | None) -> Cell:
+    """Training on 4 to 18 elements, one test of 180, whose every position is a length. No rate: the published one."""
+    moved = 2 if group == SWAPS else None
+    task = WordProblem(group.split()[0], TRAINED, min_length=4, moved=moved, test_length=LONGEST)
     base = TaskRun(build(name, 768, 6), PUBLISHED, task, task.evaluation(), examples=10_000, test_size=1024)
-    run = base
-    if scale in SHORTER:
-        width, (steps, rows, tested) = WIDTH[scale], SHORTER[scale]
-        run = dataclasses.replace(base, model=build(name, width, 2))
-        run = run.shorter(steps=steps, rows=rows, test_size=tested, learning_rate=RATE, lengths=(4, 8, 12))
-    return Cell(name, title(group), run, base)
+    if rate is None:
+        return Cell(name, title(group), base, base)
+    steps, rows, tested = SHORTER[scale]
+    run = dataclasses.replace(base, model=build(name, WIDTH[scale], 2), packed=True)
+    run = run.shorter(steps=steps, rows=rows, test_size=tested, learning_rate=rate, lengths=(4, 8, 12))
+    return Cell(name, title(group), run, base, f"rate {rate:g}" if len(RATES[scale]) > 1 else "")
 
 
 def fewest_layers(name: str, layers: int, length: int, scale: Scale) -> Cell:
@@ -58,9 +61,9 @@ def fewest_layers(name: str, layers: int, length: int, scale: Scale) -> Cell:
     base = TaskRun(build(name, 512, layers), published, task, task, examples=1_000_000, test_size=4096)
     run = base
     if scale in SHORTER:
-        width, (_, rows, tested) = WIDTH[scale], SHORTER[scale]
-        run = dataclasses.replace(base, model=build(name, width, layers))
-        run = run.shorter(steps=DEPTH_STEPS[scale], rows=2 * rows, test_size=tested, learning_rate=RATE)
+        steps, rows, tested = DEEPER[scale]
+        run = dataclasses.replace(base, model=build(name, WIDTH[scale], layers))
+        run = run.shorter(steps=steps, rows=rows, test_size=tested, learning_rate=RATE)
     return Cell(f"{name}, {layers} layers", f"A5, words of {length}", run, base, cost=layers / 2)
 
 
@@ -69,6 +72,7 @@ def cells(scale: Scale) -> list[Cell]:
     names = {Scale.SMOKE: (BOTH, "Mamba-2"), Scale.CPU: MODELS[:-1]}.get(scale, MODELS)
     lengths = {Scale.SMOKE: (5,), Scale.CPU: (5, 10)}.get(scale, (5, 10, 15, 20))
     depths = DEPTHS[:1] if scale == Scale.SMOKE else DEPTHS
-    found = [extrapolation(name, group, scale) for group in groups for name in names]
+    rates = RATES.get(scale, (None,))
+    found = [extrapolation(name, group, scale, rate) for group in groups for name in names for rate in rates]
     found += [fewest_layers(name, n, length, scale) for length in lengths for name in DEEP for n in depths]
     return found
