@@ -94,6 +94,7 @@ def over(
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=f"C{number % 10}", label=model, linewidth=1, markersize=4)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel=x_title, ylabel=y.replace("_", " ") if y_title is None else y_title)
     axes.grid(alpha=0.3)
 
