@@ -1,5 +1,6 @@
-"""`python -m experiments.bench [scan|decode|compile|step|peers ...] [--quick] [--out FILE]`; all of them where none is
-named, but for `peers`, the comparison with transformers, which needs the extra `parity`.
+"""`python -m experiments.bench [scan|decode|compile|step|peers|kernels ...] [--quick] [--out FILE]`; where none is
+named all but `peers`, the comparison with transformers, which needs the extra `parity`, and `kernels`, the hot scans at
+the shapes of real models, which has a report of its own beside FILE.
 
 Each implementation is checked against its oracle before it is timed. Rows are appended to FILE as JSON lines, each with
 the command, commit, versions and device.
@@ -8,6 +9,7 @@ the command, commit, versions and device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import tyro
 
 from experiments.command import guarded
 
-Name = Literal["scan", "decode", "compile", "step", "peers"]
+Name = Literal["scan", "decode", "compile", "step", "peers", "kernels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +31,25 @@ class Options:
     out: Path = Path("runs/bench.jsonl")
     """JSON lines, one a measurement; later runs are added."""
     seed: int = 0
+    shapes: tuple[str, ...] = ()
+    """Of kernels: only families and shapes that contain one of these, as "delta" or "4x2048x16x128"."""
+    peer: Literal["fla"] | None = None
+    """Of kernels: the kernels of flash-linear-attention beside ours, where it, torch and a CUDA device are."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of kernels: the type of queries, keys and values; bfloat16 but on CPUs."""
 
 
 class Part(NamedTuple):
     rows: Callable[..., Iterator[dict[str, Any]]]
     verdicts: Callable[[list[dict[str, Any]]], Iterator[str]]
+    cells: Callable[[dict[str, Any]], dict[str, str]] | None = None
 
 
-def parts() -> dict[str, Part]:
-    from experiments.bench import models, peers, scans
+def parts(options: Options | None = None) -> dict[str, Part]:
+    from experiments.bench import kernels, models, peers, scans
+
+    options = options or Options()
+    given = {"shapes": options.shapes, "peer": options.peer, "dtype": options.dtype}
 
     return {
         "scan": Part(scans.rows, scans.verdicts),
@@ -45,6 +57,7 @@ def parts() -> dict[str, Part]:
         "compile": Part(models.compile_rows, models.compile_verdicts),
         "step": Part(models.step_rows, models.step_verdicts),
         "peers": Part(peers.rows, peers.verdicts),
+        "kernels": Part(functools.partial(kernels.rows, **given), kernels.verdicts, kernels.cells),
     }
 
 
@@ -60,21 +73,25 @@ def main(arguments: Sequence[str]) -> None:
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.what:
-        part, found = parts()[name], []
+        part, found = parts(options)[name], []
         with options.out.open("a") as file:
             for row in part.rows(quick=options.quick, seed=options.seed):
-                print(f"  {shown(row)}", flush=True)
+                print(f"  {shown(row, part.cells)}", flush=True)
                 file.write(json.dumps({"bench": name, **row, **record}) + "\n")
                 file.flush()
                 found.append(row)
         print(table(name, found))
         print("\n".join(part.verdicts(found)), flush=True)
+        if name == "kernels":
+            from experiments.bench.kernels_report import write
+
+            print(f"written: {', '.join(map(str, write(options.out)))}")
     print(f"rows: {options.out}")
 
 
-def shown(row: dict[str, Any]) -> str:
+def shown(row: dict[str, Any], cells: Callable[[dict[str, Any]], dict[str, str]] | None = None) -> str:
     """One line while the rest is still running."""
-    return ", ".join(str(value) for value in _cells(row).values() if value)
+    return ", ".join(str(value) for value in (cells or _cells)(row).values() if value)
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
@@ -98,10 +115,11 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 def table(name: str, found: list[dict[str, Any]]) -> str:
     """Markdown, without the columns that are empty."""
-    cells = [_cells(row) for row in found]
+    read = parts()[name].cells or _cells
+    cells = [read(row) for row in found]
     columns = [column for column in cells[0] if any(row[column] for row in cells)]
-    numbers = {"ms", "compile s", "peak MB", "state bytes", "tokens/s", "share", "error"}
-    lines = [columns, ["---:" if column in numbers else "---" for column in columns]]
+    words = {"case", "what", "quartiles", "family", "shape", "implementation", "note"}
+    lines = [columns, ["---" if column in words else "---:" for column in columns]]
     lines += [[row[column] for column in columns] for row in cells]
     return f"\n{name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

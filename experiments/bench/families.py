@@ -29,14 +29,14 @@ def cases(length: int, seed: int) -> Iterator[Row]:
 
     decays = -np.logaddexp(matrix(), 0) / 10
     ours = lambda *x: gated_linear_attention(*x)[0]
-    yield from _family("outer, a decay per key", _per_key, ours, (query, key, value, decays), per_token(3), length)
+    yield from _family("outer, a decay per key", per_key, ours, (query, key, value, decays), per_token(3), length)
 
     inputs = (query, unit(key), value, 1 / (1 + np.exp(-gate())), forget)
-    yield from _family("delta, gated", _delta, lambda *x: delta_rule(*x)[0], inputs, per_token(5), length)
+    yield from _family("delta, gated", delta, lambda *x: delta_rule(*x)[0], inputs, per_token(5), length)
 
     inputs = (query, key, value, gate(), forget)
     ours = lambda *x: mlstm_scan(*x, eps=0.0)[0]
-    yield from _family("exponential", _mlstm, ours, inputs, per_token(3), length)
+    yield from _family("exponential", mlstm, ours, inputs, per_token(3), length)
 
     inputs = (gate(), value)
     yield from _family("softmax", _softmax, lambda *x: softmax_scan(*x)[0], inputs, Work(moved / 2, 0.0), length)
@@ -52,26 +52,30 @@ def _family(case: str, head: Any, ours: Any, inputs: tuple[np.ndarray, ...], wor
     yield from measured(f"{case}, T={length}", {"lax.scan": by_hand, "auto": ours}, by_hand, inputs, work)
 
 
-def _per_key(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
+def _empty(key: Any, value: Any) -> Any:
+    return jnp.zeros((key.shape[-1], value.shape[-1]), value.dtype)
+
+
+def per_key(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
     def body(state: Any, x: Any) -> Any:
         query, key, value, log_decay = x
         state = jnp.exp(log_decay)[:, None] * state + key[:, None] * value[None]
         return state, query @ state
 
-    return jax.lax.scan(body, jnp.zeros((SIZE, SIZE), value.dtype), (query, key, value, log_decay))[1]
+    return jax.lax.scan(body, _empty(key, value), (query, key, value, log_decay))[1]
 
 
-def _delta(query: Any, key: Any, value: Any, beta: Any, log_decay: Any) -> Any:
+def delta(query: Any, key: Any, value: Any, beta: Any, log_decay: Any) -> Any:
     def body(state: Any, x: Any) -> Any:
         query, key, value, beta, log_decay = x
         state = jnp.exp(log_decay) * state
         state = state + beta * key[:, None] * (value - key @ state)[None]
         return state, query @ state
 
-    return jax.lax.scan(body, jnp.zeros((SIZE, SIZE), value.dtype), (query, key, value, beta, log_decay))[1]
+    return jax.lax.scan(body, _empty(key, value), (query, key, value, beta, log_decay))[1]
 
 
-def _mlstm(query: Any, key: Any, value: Any, log_input: Any, log_forget: Any) -> Any:
+def mlstm(query: Any, key: Any, value: Any, log_input: Any, log_forget: Any) -> Any:
     """Without a stabiliser: gates this small need none."""
 
     def body(state: Any, x: Any) -> Any:
@@ -81,7 +85,7 @@ def _mlstm(query: Any, key: Any, value: Any, log_input: Any, log_forget: Any) ->
         memory, normaliser = keep * memory + add[:, None] * value[None], keep * normaliser + add
         return (memory, normaliser), query @ memory / jnp.maximum(jnp.abs(query @ normaliser), 1)
 
-    start = jnp.zeros((SIZE, SIZE), value.dtype), jnp.zeros(SIZE, value.dtype)
+    start = _empty(key, value), jnp.zeros(key.shape[-1], value.dtype)
     return jax.lax.scan(body, start, (query, key, value, log_input, log_forget))[1]
 
 

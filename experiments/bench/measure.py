@@ -93,11 +93,11 @@ class Rates(NamedTuple):
 
 
 @functools.cache
-def rates() -> Rates:
-    """Measured once a process, in float32."""
+def rates(dtype: str = "float32") -> Rates:
+    """Measured once a process and type; copies are in float32 in any case."""
     large = jnp.ones(1 << 26 if jax.default_backend() != "cpu" else 1 << 24)
     side = 8192 if jax.default_backend() != "cpu" else 1024
-    square = jnp.ones((side, side))
+    square = jnp.ones((side, side), dtype)
     copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda x: x @ x)
     taken = side_by_side({"copy": lambda: copy(large), "product": lambda: product(square)}, budget=0.5)
     return Rates(2 * large.nbytes / taken["copy"].low, 2 * side**3 / taken["product"].low)

@@ -1,0 +1,340 @@
+"""The hot scans at the shapes of real models, against two floors: what the machine needs for the products, and for the
+bytes. Every implementation is verified on one head and one document against a loop over tokens in float64 first."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import families
+from experiments.bench.measure import Compiled, Quartiles, Work, compiled, rates, side_by_side, verify
+from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
+from seqmodels.typing import Segments
+
+Function = Callable[..., Any]
+Row = dict[str, Any]
+# relative to an array's largest entry; bfloat16 rounds to 2^-9, and sums of rounded products add up
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+STATES = 4e9  # bytes of states that an associative scan may hold at once: with its copies several times that
+
+
+class Shape(NamedTuple):
+    """`documents` of mixed lengths in a row. For families without heads, `heads` is 1 and `size` the width."""
+
+    batch: int
+    length: int
+    heads: int
+    size: int
+    documents: int = 1
+    state: int = 0  # of a channel, where it is not the size
+
+    def __str__(self) -> str:
+        told = f"{self.batch}x{self.length}x{self.heads}x{self.size}"
+        if self.heads == 1:
+            told = f"{self.batch}x{self.length}x{self.size}" + (f", state {self.state}" if self.state else "")
+        return told + (f", {self.documents} documents" if self.documents > 1 else "")
+
+    def starts(self) -> np.ndarray:
+        """Where documents begin; their lengths differ by up to a factor of sixteen."""
+        share = np.cumsum(2.0 ** np.linspace(0, 4, self.documents))
+        return np.concatenate([[0], np.round(self.length * share[:-1] / share[-1]).astype(int)])
+
+
+MATRICES = (
+    Shape(1, 8192, 96, 128), Shape(2, 16384, 16, 128), Shape(4, 2048, 16, 128), Shape(8, 1024, 8, 64),
+    Shape(8, 2048, 32, 256), Shape(1, 8192, 16, 128, documents=16),
+)  # fmt: skip
+SMALL = (Shape(2, 256, 2, 32), Shape(1, 256, 2, 32, documents=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A recurrence: what it takes, what the library calls it, and the loop over tokens that it is compared with.
+
+    `inputs(random, shape)` are arrays [B, T, ...], or parameters. `ours(*inputs, method=, segments=)` gives the output,
+    `loop` that of one document and head (or of a few channels), to which `piece(array, number of the input)` cuts
+    arrays [T, ...].
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    inputs: Callable[[np.random.Generator, Shape], tuple[np.ndarray, ...]]
+    ours: Function
+    loop: Function
+    piece: Callable[[Any, int], Any]
+    compared: int
+    """So many of the inputs, the first ones, have gradients that are the piece's alone."""
+    associative: Function | None = None
+    methods: tuple[str, ...] = ("chunked",)
+    products: int = 0
+    """Products of a key's by a value's size for each token and head."""
+
+
+def _matrices(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    sizes = (shape.batch, shape.length, shape.heads, shape.size)
+    return tuple(random.standard_normal(sizes, np.float32) / shape.size**0.5 for _ in range(3))
+
+
+def _gate(random: np.random.Generator, *sizes: int) -> np.ndarray:
+    return -np.logaddexp(random.standard_normal(sizes, np.float32), 0) / 10
+
+
+def _scalar(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), _gate(random, *shape[:3]))
+
+
+def _keys(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), _gate(random, *shape[:4]))
+
+
+def _delta(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    query, key, value = _matrices(random, shape)
+    beta = 1 / (1 + np.exp(-random.standard_normal(shape[:3], np.float32)))
+    return query, key / np.linalg.norm(key, axis=-1, keepdims=True), value, beta, _gate(random, *shape[:3])
+
+
+def _exponential(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), random.standard_normal(shape[:3], np.float32), _gate(random, *shape[:3]))
+
+
+def _diagonal(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    sizes = (shape.batch, shape.length, shape.size)
+    return _gate(random, *sizes), random.standard_normal(sizes, np.float32)
+
+
+def _selective(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    sizes = (shape.batch, shape.length, shape.size)
+    x, dt = random.standard_normal(sizes, np.float32), -_gate(random, *sizes)
+    b, c = (random.standard_normal((*sizes[:2], shape.state), np.float32) for _ in range(2))
+    return x, dt, -np.tile(np.arange(1, shape.state + 1, dtype=np.float32), (shape.size, 1)), b, c
+
+
+def _scalar_loop(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
+    return families.per_key(query, key, value, jnp.broadcast_to(log_decay[:, None], key.shape))
+
+
+def _diagonal_loop(log_decay: Any, drive: Any) -> Any:
+    def body(hidden: Any, x: Any) -> Any:
+        hidden = jnp.exp(x[0]) * hidden + x[1]
+        return hidden, hidden
+
+    return jax.lax.scan(body, jnp.zeros(drive.shape[1:], drive.dtype), (log_decay, drive))[1]
+
+
+def _selective_loop(x: Any, dt: Any, a: Any, b: Any, c: Any) -> Any:
+    def body(hidden: Any, step: Any) -> Any:
+        x, dt, b, c = step
+        hidden = jnp.exp(dt[:, None] * a) * hidden + (dt * x)[:, None] * b[None]
+        return hidden, hidden @ c
+
+    return jax.lax.scan(body, jnp.zeros(a.shape, x.dtype), (x, dt, b, c))[1]
+
+
+def _associative(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
+    """Of [B, T, H, ...]: with all states in memory."""
+
+    def combine(a: Any, b: Any) -> Any:
+        return a[0] * b[0], b[0] * a[1] + b[1]
+
+    kept = jnp.exp(log_decay.reshape(*log_decay.shape[:3], -1, 1))
+    _, states = jax.lax.associative_scan(combine, (kept, key[..., None] * value[..., None, :]), axis=1)
+    return jnp.einsum("bthk,bthkv->bthv", query, states)
+
+
+def _associative_diagonal(log_decay: Any, drive: Any) -> Any:
+    combine = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+    return jax.lax.associative_scan(combine, (jnp.exp(log_decay), drive), axis=1)[1]
+
+
+_outer = lambda *x, **options: gated_linear_attention(*x, **options)[0]
+_head = lambda x, number: x[:, 0]
+FAMILIES = (
+    Family("outer, a decay per head", MATRICES, _scalar, _outer, _scalar_loop, _head, 4, _associative, products=2),
+    Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o)[0],
+           _diagonal_loop, lambda x, number: x[:, :8], 2, _associative_diagonal, ("auto", "chunked")),
+    Family("outer, a decay per key", MATRICES, _keys, _outer, families.per_key, _head, 4, _associative, products=2),
+    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], families.delta, _head, 5,
+           products=3),
+    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o)[0], families.mlstm,
+           _head, 5, products=2),
+    Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o)[0],
+           _selective_loop, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
+           methods=("auto", "chunked")),
+)  # fmt: skip
+QUICK = {"diagonal": (Shape(2, 256, 1, 32),), "selective": (Shape(1, 256, 1, 32, state=4),)}
+
+
+def rows(
+    *, quick: bool, seed: int, shapes: Sequence[str] = (), peer: str | None = None, dtype: str | None = None
+) -> Iterator[Row]:
+    """One row a family, shape and implementation. `shapes`: those whose "family shape" has one of these in it."""
+    kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    others = None
+    if peer is not None:
+        from experiments.bench import fla
+
+        others = fla.implementations()
+    found = [(f, s) for f in FAMILIES for s in (QUICK.get(f.name, SMALL) if quick else f.shapes)]
+    chosen = [(f, s) for f, s in found if not shapes or any(part in f"{f.name} {s}" for part in shapes)]
+    if not chosen:
+        told = "; ".join(f"{family.name} {shape}" for family, shape in found)
+        raise ValueError(f"no shape contains any of {', '.join(shapes)}: there are {told}")
+    for family, shape in chosen:
+        yield from _measured(family, shape, kind, seed, {} if others is None else others.get(family.name, {}))
+
+
+def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: dict[str, Any]) -> Iterator[Row]:
+    random = np.random.default_rng(seed)
+    inputs = tuple(jnp.asarray(x, kind if x.ndim == 4 else jnp.float32) for x in family.inputs(random, shape))
+    out = jax.eval_shape(lambda *x: family.ours(*x, method="auto", segments=None), *inputs)
+    weights = jnp.asarray(random.standard_normal(out.shape, np.float32))
+    start = np.zeros((shape.batch, shape.length), bool)
+    start[:, shape.starts()] = True
+    segments = Segments(jnp.asarray(start), jnp.ones_like(start)) if shape.documents > 1 else None
+    exact = _exact(family, shape, inputs, weights)
+
+    runs: dict[str, Callable[[], Any]] = {}
+    programs: dict[str, tuple[Compiled, Compiled]] = {}
+    errors: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    for name, function in _functions(family, shape, segments).items():
+        try:
+            both = _with_gradients(function, len(inputs))
+            programs[name] = compiled(function, *inputs), compiled(both, *inputs, weights)
+        except ValueError as error:  # a named backend that cannot serve says why
+            notes[name] = str(error)
+            continue
+        results = programs[name][0].run(*inputs), programs[name][1].run(*inputs, weights)
+        errors[name] = _verified(f"{family.name} {shape}, {name}", family, shape, results, exact, TOLERANCE[kind])
+        runs[f"{name}/forward"] = functools.partial(programs[name][0].run, *inputs)
+        runs[f"{name}/both"] = functools.partial(programs[name][1].run, *inputs, weights)
+        del results
+    for name, make in peers.items():
+        forward, both, results = make(inputs, weights, np.append(shape.starts(), shape.length))
+        errors[name] = _verified(f"{family.name} {shape}, {name}", family, shape, results, exact, TOLERANCE[kind])
+        runs[f"{name}/forward"], runs[f"{name}/both"] = forward, both
+    times = side_by_side(runs, budget=1.0, least=3)
+    work = Work(float(sum(x.nbytes for x in inputs) + out.size * inputs[0].dtype.itemsize), _operations(family, shape))
+    for name in errors:
+        forward, backward = times[f"{name}/forward"], times[f"{name}/both"]
+        peak = [program.peak_bytes for program in programs[name]] if name in programs else [None, None]
+        yield _row(family, shape, name, kind, work, forward, backward, errors[name], peak[1])
+    for name, note in notes.items():
+        yield {"family": family.name, "shape": str(shape), "implementation": name, "dtype": kind, "note": note}
+
+
+def _functions(family: Family, shape: Shape, segments: Segments | None) -> dict[str, Function]:
+    ours = lambda method: lambda *x: family.ours(*x, method=method, segments=segments)
+    found = {f"XLA {method}": ours(method) for method in family.methods}
+    if jax.default_backend() == "tpu" and family.name.startswith(("outer", "diagonal")):
+        found = {"Pallas": ours("pallas"), **found}
+    states = 4.0 * shape.batch * shape.length * shape.heads * shape.size * (shape.size if family.products else 1)
+    if family.associative is not None and states <= STATES and segments is None:
+        found["associative_scan"] = family.associative
+    return found
+
+
+def _with_gradients(function: Function, count: int) -> Function:
+    weigh = lambda *x: jnp.sum(function(*x[:-1]).astype(jnp.float32) * x[-1])
+    return jax.grad(weigh, tuple(range(count)))
+
+
+def _cut(family: Family, shape: Shape, arrays: Sequence[Any], document: slice) -> list[Any]:
+    """One row's document, of one head or a few channels."""
+    of_row = lambda x: np.asarray(x[0, document], np.float64) if x.shape[:2] == shape[:2] else np.asarray(x, np.float64)
+    return [family.piece(of_row(x), number) for number, x in enumerate(arrays)]
+
+
+def _document(shape: Shape) -> slice:
+    """The last, which is the longest."""
+    return slice(int(shape.starts()[-1]), shape.length)
+
+
+def _exact(family: Family, shape: Shape, inputs: Sequence[Any], weights: Any) -> tuple[Any, list[Any]]:
+    cut = _cut(family, shape, inputs, _document(shape))
+    weight = _cut(family, shape, (weights,), _document(shape))[0]
+    with jax.enable_x64(True):
+        gradients = jax.jit(_with_exact_gradients(family, weight))
+        out, found = jax.tree.map(np.asarray, gradients(*map(jnp.asarray, cut)))
+    return out, list(found)
+
+
+def _with_exact_gradients(family: Family, weight: np.ndarray) -> Function:
+    def both(*x: Any) -> Any:
+        out, back = jax.vjp(family.loop, *x)
+        return out, back(jnp.asarray(weight))[: family.compared]
+
+    return both
+
+
+def _verified(
+    name: str, family: Family, shape: Shape, results: tuple[Any, Any], exact: tuple[Any, list[Any]], tolerance: float
+) -> float:
+    out = _cut(family, shape, (results[0],), _document(shape))[0]
+    gradients = _cut(family, shape, results[1], _document(shape))[: family.compared]
+    return verify(name, [out, *gradients], [exact[0], *exact[1]], tolerance)
+
+
+def _operations(family: Family, shape: Shape) -> float:
+    """Of the products with the state, forward: those inside a chunk, which a form may choose, are not counted."""
+    return 2.0 * family.products * shape.batch * shape.length * shape.heads * shape.size**2
+
+
+def _row(
+    family: Family, shape: Shape, name: str, kind: str, work: Work, forward: Quartiles, both: Quartiles, error: float,
+    peak: int | None,
+) -> Row:  # fmt: skip
+    machine = rates(kind)
+    # the backward pass reads inputs and cotangents and writes gradients; its products are twice the forward ones
+    floors = [1e3 * max(n * work.moved / machine.copy, n * work.operations / machine.product) for n in (1, 3)]
+    times = [1e3 * forward.median, 1e3 * both.median]
+    return {
+        "family": family.name, "shape": str(shape), "implementation": name, "dtype": kind,
+        "ms_forward": times[0], "ms_forward_backward": times[1],
+        "floor_ms": floors[0], "floor_ms_forward_backward": floors[1],
+        "ratio": times[0] / floors[0], "ratio_forward_backward": times[1] / floors[1],
+        "tflops": [n * work.operations / t / 1e9 for n, t in zip((1, 3), times, strict=True)],
+        "gb_per_s": [n * work.moved / t / 1e6 for n, t in zip((1, 3), times, strict=True)],
+        "seconds": {"forward": forward._asdict(), "forward_backward": both._asdict()},
+        "error": error, "peak_bytes": peak, "product_rate": machine.product,
+    }  # fmt: skip
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row of the table."""
+    number = lambda name, form: form.format(row[name]) if row.get(name) is not None else ""
+    both = lambda name, form: " / ".join(form.format(x) for x in row[name]) if name in row else ""
+    return {
+        "family": row["family"], "shape": row["shape"], "implementation": row["implementation"],
+        "ms": number("ms_forward", "{:.3g}"), "ms with gradients": number("ms_forward_backward", "{:.3g}"),
+        "TFLOP/s": both("tflops", "{:.3g}"), "GB/s": both("gb_per_s", "{:.3g}"),
+        "floor ms": number("floor_ms", "{:.3g}"), "times the floor": number("ratio", "{:.2f}"),
+        "with gradients": number("ratio_forward_backward", "{:.2f}"),
+        "peak MB": f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else "",
+        "error": number("error", "{:.0e}"), "note": row.get("note", ""),
+    }  # fmt: skip
+
+
+def verdicts(found: list[Row]) -> Iterator[str]:
+    """The part of the floor's rate that the best of ours reaches, and against the others."""
+    timed = [row for row in found if "note" not in row]
+    for family, shape in dict.fromkeys((row["family"], row["shape"]) for row in timed):
+        here = [row for row in timed if (row["family"], row["shape"]) == (family, shape)]
+        ours = [row for row in here if row["implementation"].startswith(("XLA", "Pallas"))]
+        best = min(ours, key=lambda row: row["ms_forward_backward"])
+        shares = f"{1 / best['ratio']:.0%} forward, {1 / best['ratio_forward_backward']:.0%} with gradients"
+        told = [
+            f"{row['ms_forward'] / best['ms_forward']:.1f} and "
+            f"{row['ms_forward_backward'] / best['ms_forward_backward']:.1f} times as fast as {row['implementation']}"
+            for row in here
+            if row is not best
+        ]
+        yield f"{family}, {shape}: {best['implementation']} reaches {shares} of the floor's rate" + "".join(
+            f"; {part}" for part in told
+        )

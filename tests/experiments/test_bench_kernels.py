@@ -1,0 +1,95 @@
+"""The bench of the hot scans: what is wrong is not timed, rows and report have what they promise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.bench import __main__ as bench
+from experiments.bench import kernels
+from experiments.bench.kernels import FAMILIES, MATRICES, Shape
+from experiments.bench.kernels_report import latest
+from experiments.bench.measure import Quartiles
+
+KEYS = ("device", "family", "implementation", "shape", "ms_forward", "ms_forward_backward", "floor_ms")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_documents_fill_a_row_and_are_of_mixed_lengths() -> None:
+    starts = Shape(1, 8192, 16, 128, documents=16).starts()
+    sizes = np.diff([*starts, 8192])
+    assert starts[0] == 0
+    assert len(sizes) == 16
+    assert 8 < sizes.max() / sizes.min() <= 16.5
+    assert str(MATRICES[-1]) == "1x8192x16x128, 16 documents"
+
+
+def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cpu.jsonl"
+    bench.main(["kernels", "--quick", "--shapes", "diagonal", "head 1x256", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["family"], row["implementation"]) for row in rows] == [
+        ("outer, a decay per head", "XLA chunked"),
+        *(("diagonal", name) for name in ("XLA auto", "XLA chunked", "associative_scan")),
+    ]
+    for row in rows:
+        assert all(row[key] is not None for key in KEYS)
+        assert row["ratio"] == pytest.approx(row["ms_forward"] / row["floor_ms"])
+        assert row["error"] < kernels.TOLERANCE["float32"]
+    text = (tmp_path / "cpu.md").read_text()
+    assert "| diagonal | 2x256x32 | associative_scan |" in text
+    assert "of the floor's rate; " in text
+    assert rows[0]["device"] in text
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+    assert "written: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [
+        pytest.param(family, wrong, marks=[] if family is FAMILIES[0] else pytest.mark.slow)
+        for family in FAMILIES
+        for wrong in ("output", "gradients")
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by one in a hundred, in the output or in the gradient of the second input alone."""
+    monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
+    name = {"outer": "gated_linear_attention", "delta, gated": "delta_rule", "exponential": "mlstm_scan"}
+    function = name.get(family.name.split(",")[0]) or name.get(family.name) or f"{family.name}_scan"
+    original = getattr(kernels, function)
+
+    def off(*inputs: Any, **options: Any) -> Any:
+        if wrong == "output":
+            return (1.01 * original(*inputs, **options)[0],)
+        first, second, *rest = inputs
+        bent = 1.01 * second - 0.01 * jax.lax.stop_gradient(second)  # the same value
+        return (original(first, bent, *rest, **options)[0],)
+
+    shape = kernels.QUICK.get(family.name, kernels.SMALL)[-1]
+    good = list(kernels._measured(family, shape, "float32", 0, {}))
+    assert good[0]["error"] < 1e-4
+    monkeypatch.setattr(kernels, function, off)
+    with pytest.raises(AssertionError, match=r"is off by .* not timed"):
+        list(kernels._measured(family, shape, "float32", 0, {}))
+
+
+def test_the_latest_row_counts() -> None:
+    row = dict.fromkeys(("device", "dtype", "family", "shape", "implementation"), "a") | {"bench": "kernels"}
+    assert latest([{**row, "n": 1}, {**row, "bench": "scan"}, {**row, "n": 2}]) == [{**row, "n": 2}]
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"no shape contains any of 7x7: there are outer, a decay per head 1x8192x96"):
+        next(kernels.rows(quick=False, seed=0, shapes=("7x7",)))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"--peer fla: torch .* cannot be imported: pip install"):
+        next(kernels.rows(quick=True, seed=0, peer="fla"))
