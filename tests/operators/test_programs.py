@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqmodels.operators import diagonal_scan
+from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
 
 LENGTH, WIDTH = 64, 16
 
@@ -47,3 +48,53 @@ def test_on_a_cpu_the_diagonal_scan_is_a_plain_loop(gradients: bool) -> None:
     assert sorted(ours) == sorted(theirs)
     chunked = instructions(program(lambda *x: diagonal_scan(*x, method="chunked")[0]), -x, x)
     assert sorted(chunked) != sorted(theirs)
+
+
+def matrices(length: int, size: int, gate: int) -> tuple[Any, Any]:
+    """Three arrays [B, T, H, K] and the gates [B, T, H] or [B, T, H, K]."""
+    x = jnp.ones((1, length, 1, size))
+    return (x, x, x), (x if gate == 4 else x[..., 0])
+
+
+def selective(length: int, size: int) -> Any:
+    x, b = jnp.ones((1, length, size)), jnp.ones((1, length, size))
+    return lambda x, b: selective_scan(x, x, -jnp.ones((size, size)), b, b, method="chunked")[0], (x, b)
+
+
+PROGRAMS = {
+    "outer": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g)[0], matrices(n, k, 3)),
+    "outer, a decay per key": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g)[0], matrices(n, k, 4)),
+    "delta": lambda n, k: (lambda x, g: delta_rule(*x, g, -g)[0], matrices(n, k, 3)),
+    "exponential": lambda n, k: (lambda x, g: mlstm_scan(*x, g, -g)[0], matrices(n, k, 3)),
+    "selective": selective,
+}
+
+
+def trained(function: Any, arguments: Any) -> Any:
+    """Compiled with the gradients of its arguments."""
+    return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(function(*x))), (0, 1))).lower(*arguments).compile()
+
+
+def entries(program: Any) -> list[int]:
+    """Of every float32 array in the program."""
+    return [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program.as_text())]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "outer" else pytest.mark.slow) for name in PROGRAMS]
+)
+def test_states_of_all_steps_are_in_no_array(name: str) -> None:
+    """Of a training step's program no array has T K V entries (T D N), and what it needs grows as T does."""
+    size, needed = 32, []
+    for length in (512, 1024):
+        program = trained(*PROGRAMS[name](length, size))
+        largest = max(entries(program))
+        assert length * size <= largest < length * size * size
+        needed.append(program.memory_analysis().temp_size_in_bytes)
+    assert needed[1] < 2.1 * needed[0]
+
+
+def test_states_of_all_steps_would_be_seen() -> None:
+    x, g = matrices(512, 32, 3)
+    program = lambda x, g: gated_linear_attention(*x, -g, method="associative")[0]
+    assert max(entries(jax.jit(program).lower(x, g).compile())) >= 512 * 32 * 32
