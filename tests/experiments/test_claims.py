@@ -71,6 +71,9 @@ def test_words() -> None:
     assert not word_problems.signs_help(signs(0.31, 0.3))
     with pytest.raises(NotTested, match="neither tracks the group"):
         word_problems.signs_help(signs(0.2, 0.02))
+    products = {"DeltaProduct [-1, 1]": 0.9, "DeltaNet [-1, 1]": 0.6}
+    assert word_problems.products_help(words(products))
+    assert not word_problems.products_help(words({**products, "DeltaProduct [-1, 1]": 0.61}))
 
 
 def depths(fewest: Mapping[tuple[str, int], int]) -> Results:
