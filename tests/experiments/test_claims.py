@@ -9,7 +9,7 @@ import pytest
 
 from experiments import cost, formal_languages, recall, word_problems
 from experiments.harness import NotTested, Results, Scale, plots
-from experiments.word_settings import BACK, BOTH, DEEP, DEPTHS, LEARNED, title
+from experiments.word_settings import BACK, BOTH, DEEP, DEPTHS, LEARNED, of_length, title
 from tests.experiments.fabricated import fabricated
 from tests.experiments.toy import TABLE as TOY
 
@@ -83,7 +83,7 @@ def depths(fewest: Mapping[tuple[str, int], int]) -> Results:
         word_problems.TABLE,
         Scale.CPU,
         {
-            (f"A5, words of {length}", f"{name}, {n} layers"): right(n, least)
+            (of_length("S3", length), f"{name}, {n} layers"): right(n, least)
             for (name, length), least in fewest.items()
             for n in DEPTHS
         },
