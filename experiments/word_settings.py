@@ -25,8 +25,7 @@ WIDTH = {Scale.SMOKE: 16, Scale.CPU: 64, Scale.GPU: 128}
 SWAPS = "S3 by swaps"
 GROUPS = {Scale.SMOKE: (SWAPS,), Scale.CPU: (SWAPS,)}  # of which words are made; A5 and S5 otherwise
 SHORTER = {Scale.SMOKE: (10, 8, 8), Scale.CPU: (2_500, 16, 256), Scale.GPU: (20_000, 128, 1024)}  # steps, rows, tests
-DEEP_GROUP = {Scale.SMOKE: "S3", Scale.CPU: "S3"}  # for the layers: A5 otherwise
-DEEPER = {Scale.SMOKE: (16, 16, 8), Scale.CPU: (4_000, 32, 512), Scale.GPU: (20_000, 256, 1024)}
+DEEPER = {Scale.SMOKE: (10, 16, 8), Scale.CPU: (4_000, 128, 256), Scale.GPU: (20_000, 256, 1024)}  # for the layers
 PUBLISHED = TrainConfig(steps=6_000, batch_size=32, learning_rate=1e-4, warmup=0, weight_decay=0.01, betas=(0.9, 0.999))
 
 
@@ -56,25 +55,20 @@ def extrapolation(name: str, group: str, scale: Scale, rate: float | None) -> Ce
 
 
 def fewest_layers(name: str, layers: int, length: int, scale: Scale) -> Cell:
-    """Training on words of one length, and all of two elements: which depth gets them right?
-
-    At the small scales shorter words come first, of which none is a test word.
-    """
-    task = WordProblem(DEEP_GROUP.get(scale, "A5"), length, first_token=True, pairs=True, test_share=0.2)
+    """Training on words of A5 of one length, and all of two elements: which depth gets them right?"""
+    task = WordProblem("A5", length, first_token=True, pairs=True, test_share=0.2)
     published = dataclasses.replace(PUBLISHED, steps=100_000, batch_size=512)
     base = TaskRun(build(name, 512, layers), published, task, task, examples=1_000_000, test_size=4096)
     run = base
     if scale in SHORTER:
         steps, rows, tested = DEEPER[scale]
-        shorter = [dataclasses.replace(task, max_length=n, test_share=0.0) for n in (3, 5, 7) if n < length]
-        run = dataclasses.replace(base, model=build(name, WIDTH[scale], layers), packed=True)
+        run = dataclasses.replace(base, model=build(name, WIDTH[scale], layers))
         run = run.shorter(steps=steps, rows=rows, test_size=tested, learning_rate=RATE)
-        run = dataclasses.replace(run, curriculum=tuple((steps // 8, one) for one in shorter if scale in DEEP_GROUP))
-    return Cell(f"{name}, {layers} layers", of_length(task.group, length), run, base, cost=layers / 2)
+    return Cell(f"{name}, {layers} layers", of_length(length), run, base, cost=layers / 2)
 
 
-def of_length(group: str, length: int) -> str:
-    return f"{group}, words of {length}"
+def of_length(length: int) -> str:
+    return f"A5, words of {length}"
 
 
 def cells(scale: Scale) -> list[Cell]:

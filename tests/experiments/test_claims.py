@@ -26,9 +26,12 @@ def test_parity() -> None:
     assert formal_languages.solve_parity(parity(good))
     assert formal_languages.fail_parity(parity(good))
     assert not formal_languages.solve_parity(parity({**good, "sLSTM": 0.9}))
-    assert not formal_languages.fail_parity(parity({**good, "Mamba-2": 0.6}))
-    with pytest.raises(NotTested, match="none of LSTM, sLSTM"):
-        formal_languages.solve_parity(parity({"Mamba-2": 0.0}))
+    assert not formal_languages.fail_parity(parity({**good, "Mamba-2": 0.3}))
+    for missing in ("sLSTM", "Mamba-2"):
+        few = {name: value for name, value in good.items() if name != missing}
+        claim = formal_languages.solve_parity if missing == "sLSTM" else formal_languages.fail_parity
+        with pytest.raises(NotTested, match=f"no run of {missing} in parity"):
+            claim(parity(few))
 
 
 def test_the_order_in_modular_arithmetic() -> None:
@@ -83,7 +86,7 @@ def depths(fewest: Mapping[tuple[str, int], int]) -> Results:
         word_problems.TABLE,
         Scale.CPU,
         {
-            (of_length("S3", length), f"{name}, {n} layers"): right(n, least)
+            (of_length(length), f"{name}, {n} layers"): right(n, least)
             for (name, length), least in fewest.items()
             for n in DEPTHS
         },
@@ -96,9 +99,9 @@ def test_longer_words_need_more_layers() -> None:
     assert test(depths(needs(1, 4)))
     assert not test(depths(needs(2, 2)))
     assert not test(depths({**needs(1, 4), (DEEP[1], 10): 1}))
-    for short, long in ((0, 0), (1, 0)):
-        with pytest.raises(NotTested, match="no depth gets 90% of all words right"):
-            test(depths(needs(short, long)))
+    assert test(depths(needs(2, 0))), "the longer words need more layers than there were"
+    with pytest.raises(NotTested, match="no depth gets 90% of the shortest words right"):
+        test(depths(needs(0, 0)))
 
 
 def recalled(values: Mapping[tuple[str, int], float]) -> Results:
@@ -133,7 +136,8 @@ def test_recall() -> None:
 @pytest.mark.parametrize(
     ("claim", "setting", "good", "name", "bad"),
     [
-        (cost.constant, cost.DECODE, {cost.PSM: 1.2, "Mamba-2": 1.0, "Griffin": 1.0}, cost.PSM, 1.6),
+        (cost.constant, cost.DECODE, {"Mamba-2": 1.0, "Griffin": 1.0}, "Griffin", 1.6),
+        (cost.logarithmic, cost.DECODE, {cost.PSM: 2.4}, cost.PSM, 2.6),  # 4 merges, then 10
         (cost.grows, cost.DECODE, {cost.TRANSFORMER: 8.0}, cost.TRANSFORMER, 3.0),
         (cost.linear, cost.TRAIN, {cost.PSM: 1.2, "Mamba-2": 1.0, "Griffin": 1.0}, "Griffin", 2.5),
     ],
