@@ -101,10 +101,7 @@ def parity(results: Results, names: Sequence[str]) -> list[float]:
 
 
 solve_parity = lambda results: min(parity(results, SOLVERS)) >= SOLVED
-
-
-def fail_parity(results: Results) -> bool:
-    return max(parity(results, [name for name in MODELS if name not in SOLVERS])) <= FAILED
+fail_parity = lambda results: max(parity(results, [name for name in MODELS if name not in SOLVERS])) <= FAILED
 
 
 def ordered(*names: str, setting: str, where: str = "2411.12537, Table 3") -> Claim:

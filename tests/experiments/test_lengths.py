@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import length_settings
+from experiments import length_generalization, length_settings
 from experiments.harness import NotTested, Scale, Work, lengths
 from experiments.harness.cell import run_cell
 from experiments.harness.command import command
@@ -214,6 +214,9 @@ def test_claims_stand_on_bases_that_diverge() -> None:
     assert diverged(results(told)) == ["GLA"]
     assert flat(results(told))
     assert not flat(results({**told, ("GLA", BPTT): ends(2.2)}))
+    griffin = {(length_generalization.GRIFFIN, kind): bad for kind in (BASE, PASSING, BPTT)}
+    assert flat(results({**told, **griffin})), "Griffin is judged by itself"
+    assert not flat(results({**told, **griffin}), griffin=True)
     endless = {**told, ("GLA", BASE): {**bad, "rise": None, "loss_last": None}}
     assert diverged(results(endless)) == ["GLA"], "a loss that is not finite has diverged"
     passing: Callable[[Any], bool] = below(PASSING, BASE)
