@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from experiments import length_settings as runs
 from experiments.harness import Claim, Measure, NotTested, Results, Scale, Table, main, plots
+from experiments.harness.passkeys import DEPTHS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,10 +87,13 @@ def reaches(results: Results) -> bool:
 
 def plot(results: Results, figure: Figure) -> None:
     figure.set_size_inches(15, 14)
+    *parts, keys = figure.subfigures(4, 1)
     shown = ("loss", "loss", "tokens"), ("remembrance", "remembrance", "tokens back from the end")
-    shown += ("state", "std", "tokens"), ("passkey", "passkey", "tokens")
-    for part, (curve, column, title) in zip(figure.subfigures(len(shown), 1), shown, strict=True):
-        plots.by_setting(results, part, curve, y=column, x_title=title, logarithmic=True)
+    for part, (curve, column, title) in zip(parts, (*shown, ("state", "std", "tokens")), strict=True):
+        trained = runs.SIZES[results.scale].length if title == "tokens" else None
+        plots.by_setting(results, part, curve, y=column, x_title=title, logarithmic=True, trained=trained)
+    for part, depth in zip(keys.subfigures(1, len(DEPTHS)), DEPTHS, strict=True):
+        plots.by_setting(results, part, "passkey", y=f"depth {depth:g}", x_title="tokens", logarithmic=True)
 
 
 LOWER = (

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments import word_settings as words
 from experiments.harness import Claim, Measure, NotTested, Results, Scale, Table, main, plots
@@ -97,7 +97,13 @@ def plot(results: Results, figure: Figure) -> None:
     figure.set_size_inches(14, 4.5)
     left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
     titles = [words.title(group) for group in GROUPS]
-    shown = {"x_title": "elements", "y_title": "token accuracy", "trained": words.TRAINED, "only": titles}
+    shown: dict[str, Any] = {
+        "x_title": "elements",
+        "y_title": "token accuracy",
+        "trained": words.TRAINED,
+        "only": titles,
+    }
+    shown["guess"] = 1 / 6 if words.title(words.SWAPS) in results.settings() else None
     plots.by_setting(results, left, "position", y="accuracy", **shown)
     axes = right.subplots()
     for name, length in itertools.product(words.DEEP, LENGTHS):

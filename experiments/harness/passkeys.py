@@ -21,6 +21,7 @@ from seqmodels.data.tasks.passkey import QUESTION
 from seqmodels.train.config import TrainConfig
 from seqmodels.typing import Segments
 
+DEPTHS = (0.1, 0.5, 0.9)  # of the text before the key
 FOUND = 0.5  # of the keys, at all depths together: that length is reached
 
 
@@ -35,7 +36,7 @@ class PasskeyRun:
     task: Passkey
     multiples: tuple[int, ...]
     train: TrainConfig | None
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    depths: tuple[float, ...] = DEPTHS
     size: int = 64
 
     def run(self, work: Work) -> Outcome:

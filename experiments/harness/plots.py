@@ -22,12 +22,14 @@ def by_setting(
     x_title: str,
     y_title: str | None = None,
     trained: float | None = None,
+    guess: float | None = None,
     logarithmic: bool = False,
     only: Sequence[str] | None = None,
 ) -> None:
     """A panel a setting: column `y` of a curve over its first column, a line a model, a band over the seeds.
 
-    `trained`: where training stopped, as a vertical line. `only`: the settings that are shown.
+    `trained`: where training stopped, as a vertical line; `guess`: what guessing gives, as a horizontal one. `only`:
+    the settings that are shown.
     """
     settings = _settings(results, curve, only)
     if not settings:
@@ -40,6 +42,8 @@ def by_setting(
             band(axes, found, y, label=entry.model, number=numbers(results)[entry.model])
         if trained is not None:
             axes.axvline(trained, color="0.6", linestyle=":", linewidth=1)
+        if guess is not None:
+            axes.axhline(guess, color="0.6", linestyle=":", linewidth=1)
         if logarithmic:
             axes.set_xscale("log", base=2)
         axes.set(xlabel=x_title, title=setting)
@@ -67,10 +71,12 @@ def legend(figure: Any, panels: Iterable[Any]) -> None:
 
 
 def band(axes: Any, curves: list[dict[str, list[float]]], y: str, *, label: str, number: int) -> None:
-    """The mean of curves with the same first column, between the least and the most of them."""
+    """The mean of curves with the same first column, between the least and the most of them. A line that would hide one
+    that is there already is dashed."""
     x = next(iter(curves[0].values()))
     values = np.array([[np.nan if value is None else value for value in curve[y]] for curve in curves], float)
-    style = ("-", "--", "-.", ":")[number // 10 % 4]
+    hides = any(np.array_equal(line.get_ydata(), values.mean(0), equal_nan=True) for line in axes.get_lines())
+    style = "--" if hides else ("-", "--", "-.", ":")[number // 10 % 4]
     axes.plot(x, values.mean(0), style, color=f"C{number % 10}", label=label, linewidth=1.5)
     if len(curves) > 1:
         axes.fill_between(x, values.min(0), values.max(0), color=f"C{number % 10}", alpha=0.15, linewidth=0)
