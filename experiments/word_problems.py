@@ -92,28 +92,31 @@ def longer_needs_more(results: Results) -> bool:
     return rising and all(found[name, lengths[-1]] > found[name, lengths[0]] for name in words.DEEP)
 
 
+def over_layers(results: Results) -> dict[str, list[tuple[int, float]]]:
+    """Whole words right for each depth, by model and length; nothing where no depth gets any right."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for entry, name, n in itertools.product(results.entries, words.DEEP, words.DEPTHS):
+        if entry.model == f"{name}, {n} layers" and entry.rows:
+            label = f"{name}, {entry.setting.split()[-1]}"
+            lines.setdefault(label, []).append((n, entry.values("sequence_accuracy")[0]))
+    return lines if any(share > 0 for line in lines.values() for _, share in line) else {}
+
+
 def plot(results: Results, figure: Figure) -> None:
     """Accuracy over words that are longer than in training; beside it whole words right over layers."""
-    figure.set_size_inches(14, 4.5)
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    lines = over_layers(results)
+    figure.set_size_inches(14 if lines else 9, 4.5)
+    left, *right = figure.subfigures(1, 2, width_ratios=(3, 2)) if lines else [figure]
     titles = [words.title(group) for group in GROUPS]
-    shown: dict[str, Any] = {
-        "x_title": "elements",
-        "y_title": "token accuracy",
-        "trained": words.TRAINED,
-        "only": titles,
-    }
+    shown: dict[str, Any] = {"x_title": "elements", "y_title": "token accuracy", "only": titles}
     shown["guess"] = 1 / 6 if words.title(words.SWAPS) in results.settings() else None
-    plots.by_setting(results, left, "position", y="accuracy", **shown)
-    axes = right.subplots()
-    for name, length in itertools.product(words.DEEP, LENGTHS):
-        entries = [e for e in results.entries if e.setting == words.of_length(length) and e.model.startswith(name)]
-        points = [(e.model.split(", ")[-1], e.values("sequence_accuracy")[0]) for e in entries if e.rows]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-" if name == words.DEEP[0] else "s--", label=f"{name}, {length}")
-    axes.axhline(ENOUGH, color="0.6", linestyle=":", linewidth=1)
-    axes.set(ylabel="whole words right", title="A5, words of one length", ylim=(-0.05, 1.05))
-    axes.legend(fontsize=8)
+    plots.by_setting(results, left, "position", y="accuracy", trained=words.TRAINED, **shown)
+    for axes in [part.subplots() for part in right]:
+        for label, line in lines.items():
+            axes.plot(*zip(*line, strict=True), "o-" if label.startswith(words.DEEP[0]) else "s--", label=label)
+        axes.axhline(ENOUGH, color="0.6", linestyle=":", linewidth=1)
+        axes.set(xlabel="layers", ylabel="whole words right", title="A5, words of one length")
+        axes.legend(fontsize=8)
 
 
 TABLE = Table(

@@ -79,7 +79,7 @@ def test_the_first_screen_of_the_readme_has_the_idea_the_code_and_the_commands()
     screen = "\n".join(README.splitlines()[:FIRST_SCREEN])
     assert screen.index("Write an associative operator once") < screen.index("```python") < screen.index("make demo")
     assert "make test" in screen
-    assert "solve parity: **" in screen[screen.index("python -m experiments.formal_languages") :], (
+    assert "in words of 180: **reproduced**" in screen[screen.index("python -m experiments.word_problems") :], (
         "a finding, and its command"
     )
     for target in re.findall(r"^make ([\w-]+)", README, flags=re.MULTILINE):
