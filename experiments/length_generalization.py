@@ -125,7 +125,7 @@ TABLE = Table(
         ),
         Claim("fitted noise helps", PAPER, below(runs.FITTED, runs.BASE, runs.ZEROS)),
         Claim("fitted noise helps more than noise of std 1", PAPER, below(runs.FITTED, runs.NOISE)),
-        Claim("it helps Griffin", OURS, below(runs.FITTED, runs.BASE, runs.ZEROS, griffin=True)),
+        Claim("Griffin, too: fitted noise helps", OURS, below(runs.FITTED, runs.BASE, runs.ZEROS, griffin=True)),
         Claim("state passing lowers remembrance", PAPER, below(runs.PASSING, runs.BASE, runs.ZEROS, metric=EFFECTIVE)),
         Claim("state passing helps to copy what is 3 times longer and more", PAPER, copies),
         Claim("with fitted noise passkeys are found further away", PAPER, reaches),
