@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import kernels
+from experiments.bench import kernels, measure
 from experiments.bench.kernels import FAMILIES, MATRICES, Shape
 from experiments.bench.kernels_report import latest
 from experiments.bench.measure import Quartiles
@@ -31,7 +31,8 @@ def test_documents_fill_a_row_and_are_of_mixed_lengths() -> None:
     assert str(MATRICES[-1]) == "1x8192x16x128, 16 documents"
 
 
-def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: measure.side_by_side(runs, budget=0, least=1))
     out = tmp_path / "cpu.jsonl"
     bench.main(["kernels", "--quick", "--shapes", "diagonal", "head 1x256", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
