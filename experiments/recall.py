@@ -2,7 +2,7 @@
 
 "Zoology" (2312.04927), Figure 2: accuracy against width, the same sweep of learning rates for every model; and the task
 as "Prefix-Scannable Models" (2506.10918), Figure 4, has it: queries spread evenly among random fillers. Claims:
-attention solves all of it from width 64 on, recurrences need a state that grows with the pairs; a PSM with chunks of 64
+attention solves all of it from width 64 on, recurrences recall more the wider they are; a PSM with chunks of 64
 equals attention within its training lengths, one of 32 falls behind at 512 (of two chunks, none is aggregated).
 
 Power and filler: in the settings of Zoology queries follow the pairs closely (power 0.01) and all else is token 0; in
@@ -139,7 +139,7 @@ TABLE = Table(
     ),
     claims=(
         Claim("attention solves the task from width 64 on", FIGURE, attention_solves),
-        Claim("a wider recurrence recalls more", FIGURE, width_helps),
+        Claim("a wider recurrence recalls more", f"{FIGURE}, of other recurrences", width_helps),
         Claim(f"{PSM_64} solves length 512, {PSM_32} does not", "2506.10918, Figure 4", chunks_matter),
     ),
     plot=plot,

@@ -39,10 +39,29 @@ class Options:
     """Of kernels: the type of queries, keys and values; bfloat16 but on CPUs."""
 
 
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    seconds = row.get("seconds")
+    named = [str(row[name]) for name in ("direction", "implementation", "context", "layers") if name in row]
+    milliseconds = lambda name: f"{1e3 * seconds[name]:.3g}" if seconds else ""
+    optional = lambda name, form: form.format(row[name]) if row.get(name) is not None else ""
+    return {
+        "case": row["case"],
+        "what": " ".join(named),
+        "ms": milliseconds("median"),
+        "quartiles": f"{milliseconds('low')} to {milliseconds('high')}" if seconds else "",
+        "compile s": optional("compile_seconds", "{:.2f}"),
+        "peak MB": f"{row['peak_bytes'] / 1e6:.1f}" if row.get("peak_bytes") else "",
+        "state bytes": optional("state_bytes", "{:,}"),
+        "tokens/s": optional("tokens_per_second", "{:,.0f}"),
+        "share": f"{100 * row['share']:.0f} %" if "share" in row else "",
+        "error": optional("error", "{:.0e}"),
+    }
+
+
 class Part(NamedTuple):
     rows: Callable[..., Iterator[dict[str, Any]]]
     verdicts: Callable[[list[dict[str, Any]]], Iterator[str]]
-    cells: Callable[[dict[str, Any]], dict[str, str]] | None = None
+    cells: Callable[[dict[str, Any]], dict[str, str]] = _cells
 
 
 def parts(options: Options | None = None) -> dict[str, Part]:
@@ -76,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
         part, found = parts(options)[name], []
         with options.out.open("a") as file:
             for row in part.rows(quick=options.quick, seed=options.seed):
-                print(f"  {shown(row, part.cells)}", flush=True)
+                print(f"  {shown(part.cells(row))}", flush=True)
                 file.write(json.dumps({"bench": name, **row, **record}) + "\n")
                 file.flush()
                 found.append(row)
@@ -89,34 +108,14 @@ def main(arguments: Sequence[str]) -> None:
     print(f"rows: {options.out}")
 
 
-def shown(row: dict[str, Any], cells: Callable[[dict[str, Any]], dict[str, str]] | None = None) -> str:
+def shown(cells: dict[str, str]) -> str:
     """One line while the rest is still running."""
-    return ", ".join(str(value) for value in (cells or _cells)(row).values() if value)
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    seconds = row.get("seconds")
-    named = [str(row[name]) for name in ("direction", "implementation", "context", "layers") if name in row]
-    milliseconds = lambda name: f"{1e3 * seconds[name]:.3g}" if seconds else ""
-    optional = lambda name, form: form.format(row[name]) if row.get(name) is not None else ""
-    return {
-        "case": row["case"],
-        "what": " ".join(named),
-        "ms": milliseconds("median"),
-        "quartiles": f"{milliseconds('low')} to {milliseconds('high')}" if seconds else "",
-        "compile s": optional("compile_seconds", "{:.2f}"),
-        "peak MB": f"{row['peak_bytes'] / 1e6:.1f}" if row.get("peak_bytes") else "",
-        "state bytes": optional("state_bytes", "{:,}"),
-        "tokens/s": optional("tokens_per_second", "{:,.0f}"),
-        "share": f"{100 * row['share']:.0f} %" if "share" in row else "",
-        "error": optional("error", "{:.0e}"),
-    }
+    return ", ".join(value for value in cells.values() if value)
 
 
 def table(name: str, found: list[dict[str, Any]]) -> str:
     """Markdown, without the columns that are empty."""
-    read = parts()[name].cells or _cells
-    cells = [read(row) for row in found]
+    cells = [parts()[name].cells(row) for row in found]
     columns = [column for column in cells[0] if any(row[column] for row in cells)]
     words = {"case", "what", "quartiles", "family", "shape", "implementation", "note"}
     lines = [columns, ["---" if column in words else "---:" for column in columns]]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import by_hand
 from experiments.bench.case import Row, measured, over_heads
 from experiments.bench.measure import Work
 from seqmodels.operators import delta_rule, gated_linear_attention, mlstm_scan, running_moments, softmax_scan
@@ -29,14 +30,14 @@ def cases(length: int, seed: int) -> Iterator[Row]:
 
     decays = -np.logaddexp(matrix(), 0) / 10
     ours = lambda *x: gated_linear_attention(*x)[0]
-    yield from _family("outer, a decay per key", per_key, ours, (query, key, value, decays), per_token(3), length)
+    yield from _family("outer, a decay per key", by_hand.outer, ours, (query, key, value, decays), per_token(3), length)
 
     inputs = (query, unit(key), value, 1 / (1 + np.exp(-gate())), forget)
-    yield from _family("delta, gated", delta, lambda *x: delta_rule(*x)[0], inputs, per_token(5), length)
+    yield from _family("delta, gated", by_hand.delta, lambda *x: delta_rule(*x)[0], inputs, per_token(5), length)
 
     inputs = (query, key, value, gate(), forget)
     ours = lambda *x: mlstm_scan(*x, eps=0.0)[0]
-    yield from _family("exponential", mlstm, ours, inputs, per_token(3), length)
+    yield from _family("exponential", by_hand.mlstm, ours, inputs, per_token(3), length)
 
     inputs = (gate(), value)
     yield from _family("softmax", _softmax, lambda *x: softmax_scan(*x)[0], inputs, Work(moved / 2, 0.0), length)
@@ -48,45 +49,8 @@ def cases(length: int, seed: int) -> Iterator[Row]:
 
 
 def _family(case: str, head: Any, ours: Any, inputs: tuple[np.ndarray, ...], work: Work, length: int) -> Iterator[Row]:
-    by_hand = over_heads(head)
-    yield from measured(f"{case}, T={length}", {"lax.scan": by_hand, "auto": ours}, by_hand, inputs, work)
-
-
-def _empty(key: Any, value: Any) -> Any:
-    return jnp.zeros((key.shape[-1], value.shape[-1]), value.dtype)
-
-
-def per_key(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
-    def body(state: Any, x: Any) -> Any:
-        query, key, value, log_decay = x
-        state = jnp.exp(log_decay)[:, None] * state + key[:, None] * value[None]
-        return state, query @ state
-
-    return jax.lax.scan(body, _empty(key, value), (query, key, value, log_decay))[1]
-
-
-def delta(query: Any, key: Any, value: Any, beta: Any, log_decay: Any) -> Any:
-    def body(state: Any, x: Any) -> Any:
-        query, key, value, beta, log_decay = x
-        state = jnp.exp(log_decay) * state
-        state = state + beta * key[:, None] * (value - key @ state)[None]
-        return state, query @ state
-
-    return jax.lax.scan(body, _empty(key, value), (query, key, value, beta, log_decay))[1]
-
-
-def mlstm(query: Any, key: Any, value: Any, log_input: Any, log_forget: Any) -> Any:
-    """Without a stabiliser: gates this small need none."""
-
-    def body(state: Any, x: Any) -> Any:
-        query, key, value, log_input, log_forget = x
-        memory, normaliser = state
-        keep, add = jnp.exp(log_forget), jnp.exp(log_input) * key
-        memory, normaliser = keep * memory + add[:, None] * value[None], keep * normaliser + add
-        return (memory, normaliser), query @ memory / jnp.maximum(jnp.abs(query @ normaliser), 1)
-
-    start = _empty(key, value), jnp.zeros(key.shape[-1], value.dtype)
-    return jax.lax.scan(body, start, (query, key, value, log_input, log_forget))[1]
+    loop = over_heads(head)
+    yield from measured(f"{case}, T={length}", {"lax.scan": loop, "auto": ours}, loop, inputs, work)
 
 
 def _softmax(score: Any, value: Any) -> Any:

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import families
+from experiments.bench import by_hand
+from experiments.bench.case import Function, Row, over_heads
 from experiments.bench.measure import Compiled, Quartiles, Work, compiled, rates, side_by_side, verify
 from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
 from seqmodels.typing import Segments
 
-Function = Callable[..., Any]
-Row = dict[str, Any]
 # relative to an array's largest entry; bfloat16 rounds to 2^-9, and sums of rounded products add up
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 STATES = 4e9  # bytes of states that an associative scan may hold at once: with its copies several times that
@@ -115,56 +114,21 @@ def _selective(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, .
     return x, dt, -np.tile(np.arange(1, shape.state + 1, dtype=np.float32), (shape.size, 1)), b, c
 
 
-def _scalar_loop(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
-    return families.per_key(query, key, value, jnp.broadcast_to(log_decay[:, None], key.shape))
-
-
-def _diagonal_loop(log_decay: Any, drive: Any) -> Any:
-    def body(hidden: Any, x: Any) -> Any:
-        hidden = jnp.exp(x[0]) * hidden + x[1]
-        return hidden, hidden
-
-    return jax.lax.scan(body, jnp.zeros(drive.shape[1:], drive.dtype), (log_decay, drive))[1]
-
-
-def _selective_loop(x: Any, dt: Any, a: Any, b: Any, c: Any) -> Any:
-    def body(hidden: Any, step: Any) -> Any:
-        x, dt, b, c = step
-        hidden = jnp.exp(dt[:, None] * a) * hidden + (dt * x)[:, None] * b[None]
-        return hidden, hidden @ c
-
-    return jax.lax.scan(body, jnp.zeros(a.shape, x.dtype), (x, dt, b, c))[1]
-
-
-def _associative(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
-    """Of [B, T, H, ...]: with all states in memory."""
-
-    def combine(a: Any, b: Any) -> Any:
-        return a[0] * b[0], b[0] * a[1] + b[1]
-
-    kept = jnp.exp(log_decay.reshape(*log_decay.shape[:3], -1, 1))
-    _, states = jax.lax.associative_scan(combine, (kept, key[..., None] * value[..., None, :]), axis=1)
-    return jnp.einsum("bthk,bthkv->bthv", query, states)
-
-
-def _associative_diagonal(log_decay: Any, drive: Any) -> Any:
-    combine = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
-    return jax.lax.associative_scan(combine, (jnp.exp(log_decay), drive), axis=1)[1]
-
-
+_diagonal_loop = lambda *x: by_hand.diagonal(*(y[None] for y in x))[0]
+_associative = over_heads(by_hand.associative_outer)
 _outer = lambda *x, **options: gated_linear_attention(*x, **options)[0]
 _head = lambda x, number: x[:, 0]
 FAMILIES = (
-    Family("outer, a decay per head", MATRICES, _scalar, _outer, _scalar_loop, _head, 4, _associative, products=2),
+    Family("outer, a decay per head", MATRICES, _scalar, _outer, by_hand.outer, _head, 4, _associative, products=2),
     Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o)[0],
-           _diagonal_loop, lambda x, number: x[:, :8], 2, _associative_diagonal, ("auto", "chunked")),
-    Family("outer, a decay per key", MATRICES, _keys, _outer, families.per_key, _head, 4, _associative, products=2),
-    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], families.delta, _head, 5,
+           _diagonal_loop, lambda x, number: x[:, :8], 2, by_hand.associative_diagonal, ("auto", "chunked")),
+    Family("outer, a decay per key", MATRICES, _keys, _outer, by_hand.outer, _head, 4, _associative, products=2),
+    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], by_hand.delta, _head, 5,
            products=3),
-    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o)[0], families.mlstm,
+    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o)[0], by_hand.mlstm,
            _head, 5, products=2),
     Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o)[0],
-           _selective_loop, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
+           by_hand.selective, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
            methods=("auto", "chunked")),
 )  # fmt: skip
 QUICK = {"diagonal": (Shape(2, 256, 1, 32),), "selective": (Shape(1, 256, 1, 32, state=4),)}
@@ -191,7 +155,9 @@ def rows(
 
 def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: dict[str, Any]) -> Iterator[Row]:
     random = np.random.default_rng(seed)
-    inputs = tuple(jnp.asarray(x, kind if x.ndim == 4 else jnp.float32) for x in family.inputs(random, shape))
+    made = enumerate(family.inputs(random, shape))
+    kinds = lambda number: kind if family.products and number < 3 else jnp.float32  # gates are float32 in any case
+    inputs = tuple(jnp.asarray(x, kinds(number)) for number, x in made)
     out = jax.eval_shape(lambda *x: family.ours(*x, method="auto", segments=None), *inputs)
     weights = jnp.asarray(random.standard_normal(out.shape, np.float32))
     start = np.zeros((shape.batch, shape.length), bool)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import families
+from experiments.bench import by_hand, families
 from experiments.bench.case import Function, Row, measured, over_heads
 from experiments.bench.measure import Work
 from seqmodels.operators import diagonal_scan, gated_linear_attention
@@ -31,33 +28,21 @@ def _outer(length: int, seed: int) -> Iterator[Row]:
     log_decay = -np.logaddexp(random.standard_normal((1, length, heads)), 0) / 10
     inputs = (query, key, value, log_decay)
 
-    def one_by_one(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
-        def body(state: Any, x: Any) -> Any:
-            query, key, value, log_decay = x
-            state = jnp.exp(log_decay) * state + key[:, None] * value[None]
-            return state, query @ state
-
-        return jax.lax.scan(body, jnp.zeros((size, size), value.dtype), (query, key, value, log_decay))[1]
-
-    def associative(query: Any, key: Any, value: Any, log_decay: Any) -> Any:
-        def combine(a: Any, b: Any) -> Any:
-            return a[0] * b[0], b[0][:, None, None] * a[1] + b[1]
-
-        _, states = jax.lax.associative_scan(combine, (jnp.exp(log_decay), key[:, :, None] * value[:, None]))
-        return jnp.einsum("tk,tkv->tv", query, states)
-
     def ours(method: str) -> Function:
         return lambda *x: gated_linear_attention(*x, method=method)[0]
 
+    loop = over_heads(by_hand.outer)
     implementations = {
-        "lax.scan": over_heads(one_by_one),
-        "lax.associative_scan": over_heads(associative),
+        "lax.scan": loop,
+        "lax.associative_scan": over_heads(by_hand.associative_outer),
         "chunked": ours("chunked"),
         "auto": ours("auto"),
     }
     moved = 4.0 * (sum(x.size for x in inputs) + value.size)
     work = Work(moved, 2.0 * 3 * length * heads * size * size)
-    yield from measured(f"outer, a decay per head, T={length}", implementations, over_heads(one_by_one), inputs, work)
+    yield from measured(
+        f"outer, a decay per head, T={length}", implementations, over_heads(by_hand.outer), inputs, work
+    )
 
 
 def _diagonal(length: int, seed: int) -> Iterator[Row]:
@@ -67,27 +52,14 @@ def _diagonal(length: int, seed: int) -> Iterator[Row]:
     log_decay = -np.exp(random.standard_normal((1, length, width)) - 2)
     drive = random.standard_normal((1, length, width))
 
-    def one_by_one(log_decay: Any, drive: Any) -> Any:
-        def body(hidden: Any, x: Any) -> Any:
-            hidden = jnp.exp(x[0]) * hidden + x[1]
-            return hidden, hidden
-
-        over_time = lambda x: jnp.moveaxis(x, 1, 0)
-        start = jnp.zeros((1, width), drive.dtype)
-        return over_time(jax.lax.scan(body, start, (over_time(log_decay), over_time(drive)))[1])
-
-    def associative(log_decay: Any, drive: Any) -> Any:
-        combine = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
-        return jax.lax.associative_scan(combine, (jnp.exp(log_decay), drive), axis=1)[1]
-
     implementations = {
-        "lax.scan": one_by_one,
-        "lax.associative_scan": associative,
+        "lax.scan": by_hand.diagonal,
+        "lax.associative_scan": by_hand.associative_diagonal,
         "auto": lambda *x: diagonal_scan(*x)[0],
     }
     work = Work(4.0 * 3 * drive.size, 0.0)
     # the programs that are compared may be the same: the long ones, whose times vary most, take more turns
-    yield from measured(f"diagonal, T={length}", implementations, one_by_one, (log_decay, drive), work, least=25)
+    yield from measured(f"diagonal, T={length}", implementations, by_hand.diagonal, (log_decay, drive), work, least=25)
 
 
 def verdicts(found: list[Row]) -> Iterator[str]:

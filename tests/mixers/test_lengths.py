@@ -35,6 +35,7 @@ AMPLIFIED = {"gla": 5}
 FAMILIES = {"attention", "psm", "rg_lru", "gla", "kda", "mlstm"}
 ODD = 65  # the length of the others: no chunk but the first divides it
 LENGTHS = (1, 64, ODD)
+LONGEST = max(LENGTHS)
 PIECES = (65, 1, 7, 1, 54)
 
 
@@ -46,7 +47,7 @@ def subject(name: str) -> Subject:
 def token_by_token(s: Subject, x: np.ndarray, segments: Segments, weights: Weights) -> Result:
     """The oracle: spans of one token, the rest of the longest row being padding, so that one program serves all."""
     length = x.shape[1]
-    fill = lambda a: np.pad(a, [(0, 0), (0, ODD - length)] + [(0, 0)] * (a.ndim - 2))
+    fill = lambda a: np.pad(a, [(0, 0), (0, LONGEST - length)] + [(0, 0)] * (a.ndim - 2))
     longer = Segments(*map(fill, segments))
     result = s.run(fill(x), s.warm, longer, weights=Weights(fill(weights.y), weights.after), steps=True)
     gradients = result.gradients._replace(x=result.gradients.x[:, :length])
