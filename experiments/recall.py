@@ -11,7 +11,7 @@ those of 2506.10918, and at cpu, queries are spread evenly (power 1), at cpu amo
 Recurrences begin with a short convolution (GLA too, as in Zoology's later grid, 2402.18668).
 
 Cost: smoke, seconds. cpu: vocabulary 512, length 64, 8 pairs, three widths, six models, two rates, one seed, 1,600
-steps of 16 rows: 1,000 of rows of four examples with 4 pairs in 16 tokens, 300 of two with 8 in 32, then the task; 30
+steps of 16 rows: 1,000 of rows of four examples with 4 pairs in 16 tokens, 300 of two with 8 in 32, then the task; 26
 minutes on 2 busy cores. One layer there, no MLPs, no positions, a PSM with chunks of 8; before what has no convolution
 stands a layer of attention over two tokens. gpu: Zoology's lengths 64 to 256, 4,000 steps of 256 rows, nine models;
 aimed at 30 minutes on one H100. paper: 100,000 rows for 64 epochs, four rates, and both tasks.

@@ -136,7 +136,7 @@ def test_recall() -> None:
 @pytest.mark.parametrize(
     ("claim", "setting", "good", "name", "bad"),
     [
-        (cost.constant, cost.DECODE, {"Mamba-2": 1.0, "Griffin": 1.0}, "Griffin", 1.6),
+        (cost.constant, cost.DECODE, {cost.PSM: 1.2, "Mamba-2": 1.0, "Griffin": 1.0}, cost.PSM, 1.6),
         (cost.logarithmic, cost.DECODE, {cost.PSM: 2.4}, cost.PSM, 2.6),  # 4 merges, then 10
         (cost.grows, cost.DECODE, {cost.TRANSFORMER: 8.0}, cost.TRANSFORMER, 3.0),
         (cost.linear, cost.TRAIN, {cost.PSM: 1.2, "Mamba-2": 1.0, "Griffin": 1.0}, "Griffin", 2.5),
