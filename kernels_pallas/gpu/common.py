@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,10 +47,11 @@ def numbers(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.float32)
 
 
-def shared_bytes(scratch: Sequence[Any]) -> int:
-    """Bytes of shared memory of arrays as `tile` and `numbers` make them, and a KiB for barriers and sums."""
+def shared_bytes(scratch: Iterable[Any]) -> int:
+    """Bytes of shared memory of a program: arrays as `tile` and `numbers` make them, room to sum in, barriers."""
     arrays = [x for x in scratch if hasattr(x, "dtype")]
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays) + 1024
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
+    return sum(-(-size // 1024) * 1024 for size in sizes) + PARAMS.reduction_scratch_bytes + 1024
 
 
 def read(ref: Any, layout: Any = TILE) -> Any:
@@ -85,7 +86,8 @@ def accumulator(rows: int, columns: int) -> Any:
 
 def places() -> tuple[Any, Any]:
     """The row and the column of every entry of [CHUNK, CHUNK]."""
-    return tuple(plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=TILE) for axis in (0, 1))
+    row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=TILE) for axis in (0, 1))
+    return row, column
 
 
 def chunks_of(array: jax.Array) -> jax.Array:
