@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from kernels_pallas.chunks import CHUNK
+from kernels_pallas.gpu import common as gpu
+from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
@@ -19,19 +22,33 @@ from seqmodels.typing import Segments
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
 
 
-def platform() -> str:
+def device() -> Any:
     """What a program is made for: the abstract mesh's device where one is set, else jax's default."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else device.platform
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
 
 
-def _serve(family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None) -> None:
-    """Raises ValueError with the first of the reasons that holds, those of every kernel among them."""
+def on_hopper() -> bool:
+    """Whether a program is made for an H100, H200, GH200 or another GPU of their kind, by its name."""
+    return device().platform in ("gpu", "cuda") and re.search(r"\bG?H\d", device().device_kind) is not None
+
+
+def _serve(
+    family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None, *, hopper: int | None = None
+) -> None:
+    """Raises ValueError with the first of the reasons that holds, those of every kernel among them.
+
+    `hopper`: the steps of a chunk of the kernel for Hopper GPUs, where one runs this kind of call.
+    """
     check_method("pallas", chunk)
+    own = hopper is not None and on_hopper()
+    devices = "TPUs" if hopper is None else "TPUs and Hopper GPUs"
+    steps = f"of {hopper} steps" if own else f"a multiple of {CHUNK} steps"
+    fits = chunk is None or (chunk == hopper if own else chunk % CHUNK == 0)
+    served = device().platform == "tpu" or own or INTERPRET
     common = {
-        f"the kernel is for TPUs, and this is made for {platform()}": platform() != "tpu" and not INTERPRET,
+        f"the kernel is for {devices}, and this is made for {device().device_kind}": not served,
         "the kernel does not shard time": sequence_axis is not None,
-        f"chunks are a multiple of {CHUNK} steps, not {chunk}": chunk is not None and chunk % CHUNK,
+        f"chunks are {steps}, not {chunk}": not fits,
     }
     for reason, holds in {**common, **reasons}.items():
         if holds:
@@ -62,26 +79,35 @@ def outer(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way.
 
-    Raises ValueError where they cannot serve, and why.
+    A decay per head has a `chunk_outer` for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
     """
+    per_key = log_decay is not None and log_decay.ndim == 4
+    own = on_hopper() and not per_key
+    narrow = gpu_outer.refused(query, key, value) if own else None
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
         "the kernel has no bonus": bonus is not None,
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
+        f"{narrow}": narrow is not None,
     }
-    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    hopper = None if per_key else gpu.CHUNK
+    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
     batch, length, heads, size = value.shape
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
-    arrays = (query, key, value, log_decay.astype(jnp.float32))
-    q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
+    given = (query, key, value, log_decay.astype(jnp.float32))
+    q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, (batch, length))
-    run = chunk_outer_keys if log_decay.ndim == 4 else chunk_outer
-    out, state = run(q, k, v, g, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    arrays = (q, k, v, g, state.astype(jnp.float32), documents)
+    if own:
+        out, state = gpu_outer.chunk_outer(*arrays, INTERPRET)
+    else:
+        run = chunk_outer_keys if per_key else chunk_outer
+        out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
 

@@ -17,6 +17,8 @@ from jax.sharding import AbstractMesh
 # Memory that was not written is NaN, reads and writes out of bounds raise, and so do races.
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 TPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
+GPU = lambda kind, cores: AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, cores, platform="gpu"))
+H100, A100 = GPU("NVIDIA H100 80GB HBM3", 132), GPU("NVIDIA A100-SXM4-80GB", 108)
 VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of the default limit, a fifth left to the compiler
 
 
@@ -56,3 +58,10 @@ def kernels_of(run: Callable[..., Any], *shapes: Any) -> int:
     with jax.sharding.use_abstract_mesh(TPU):
         lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",))
     return lowered.as_text().count("tpu_custom_call")
+
+
+def gpu_kernels_of(run: Callable[..., Any], *shapes: Any) -> int:
+    """How many kernels are in a program when it is lowered for an H100."""
+    with jax.sharding.use_abstract_mesh(H100):
+        lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("custom_call @mosaic_gpu_v2")
