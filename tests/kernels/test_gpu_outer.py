@@ -19,10 +19,10 @@ from kernels_pallas.gpu import outer as gpu
 from kernels_pallas.gpu.outer import chunk_outer, shared_memory
 from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
-from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of, graded, in_float64
+from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of, in_float64, pulled
 
-# bfloat16 keeps 8 bits of scores, weighted values and states in every product; relative to the largest entry.
-BFLOAT16 = 3e-2
+# bfloat16 keeps 8 bits (4e-3) of scores, weighted values and states in every product, and of the outputs.
+BFLOAT16 = 1e-2
 # Sums of gates in float32, of which exp is taken: 24 bits, twice.
 GATES = 2e-7
 NAMES = ("out", "state", "d query", "d key", "d value", "d log_decay", "d state")
@@ -73,17 +73,18 @@ def test_the_kernel_equals_the_recurrence_in_float64(
     """Outputs, the state, and all gradients, strictly."""
     arrays = inputs(length, key_size, value_size, batch=batch, groups=groups, heads=heads)
     run = lambda *a: chunk_outer(*a, arrays[5], strictly())
-    found = jax.jit(functools.partial(graded, run))(*arrays[:5])
+    found = jax.jit(functools.partial(pulled, run))(*arrays[:5])
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in arrays[:5])]
-    assert_same(NAMES, found, in_float64(lambda *a: tpu.reference(*a, arrays[5]), *arrays[:5]), BFLOAT16)
+    right = in_float64(lambda *a: tpu.reference(*a, arrays[5]), *arrays[:5], how=pulled)
+    assert_same(NAMES, found, right, BFLOAT16)
 
 
 WRONG = [
     pytest.param(
         gpu,
         "gates_of",
-        lambda right: lambda *a: right(*a).at[..., walk.CARRIED, -1].multiply(0.9),
-        id="a tenth of the state is lost between chunks",
+        lambda right: lambda *a: right(*a).at[..., walk.CARRIED, -1].multiply(0.95),
+        id="a twentieth of the state is lost between chunks",
     ),
     pytest.param(
         walk,
