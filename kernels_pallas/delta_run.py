@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas import outer
 from kernels_pallas.chunks import check_shapes, documents_of, whole_chunks
 from kernels_pallas.outer import Blocks, Form
 
@@ -20,35 +21,18 @@ def memory(
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, square = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     wide, readers = 4 * (keys + values), 2 * keys * (4 + item)
+    if item == 4:  # an operand of an exact product: three parts of bfloat16, and what remains after two of them
+        paired += 14 * 2 * (key_size * value_size + keys + values)
     forward = 2 * ((2 * keys + 2 * values) * item + gates + square) + 6 * state + readers + 2 * wide + 6 * square
     backward = 2 * ((2 * keys + 2 * values) * item + 4 * (2 * keys + values) + gates + d_gates + square)
     backward += 9 * state + 2 * readers + 4 * wide + 9 * square
     return {"forward": forward + paired, "backward": backward + paired}
 
 
-def check(
-    name: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    beta: Any,
-    log_decay: Any,
-    state: Any,
-    segment: Any,
-    decays: tuple[int, ...],
-) -> None:
-    batch, groups, length, size = query.shape
-    heads = value.shape[1]
-    shapes = {
-        "key": (key.shape, (batch, groups, length, size)),
-        "value": (value.shape[:3], (batch, heads, length)),
-        "beta": (beta.shape, (batch, heads, length)),
-        "log_decay": (log_decay.shape, decays),
-        "state": (state.shape, (batch, heads, size, value.shape[3])),
-        "segment": (segment.shape, (batch, length)),
-    }
-    uneven = [f"{groups} groups of queries for {heads} heads of values"] if heads % groups else []
-    check_shapes(f"{name} with query {query.shape}", shapes, uneven)
+def check(name: str, query: Any, key: Any, value: Any, beta: Any, *others: Any) -> None:
+    """As `outer.check`, and beta beside it."""
+    outer.check(name, query, key, value, *others)
+    check_shapes(f"{name} with query {query.shape}", {"beta": (beta.shape, value.shape[:3])})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

@@ -57,7 +57,7 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
     return {"forward": forward, "backward": backward}
 
 
-def levels(g: Any, one: Any) -> Iterator[tuple[Any, Any, Any]]:
+def _levels(g: Any, one: Any) -> Iterator[tuple[Any, Any, Any]]:
     """`(R [L, K], E [L, K], mask [L, L])` of every level, then the sums over the chunk in their place.
 
     `one` [L, L] is where the two steps are of one document. Raises ValueError unless L is a power of two.
@@ -103,7 +103,7 @@ def _forward_kernel(*refs: Any) -> None:
     g, one, carried, ends = gates(g[...], documents[...])
     wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
     scores = diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
-    for reach, rest, mask in levels(g, one):
+    for reach, rest, mask in _levels(g, one):
         late, early = (wide_q * jnp.exp(reach)).astype(q.dtype), (wide_k * jnp.exp(rest)).astype(k.dtype)
         if mask is not None:
             scores = scores + jnp.where(mask, dot(late, early, (1, 1)), 0)
@@ -136,7 +136,7 @@ def _backward_kernel(*refs: Any) -> None:
     own = jnp.sum(do.astype(jnp.float32) * v.astype(jnp.float32), axis=1, keepdims=True)  # of a step with itself
     scores = diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
     own_q, own_k = own * wide_k, own * wide_q
-    for reach, rest, mask in levels(g, one):
+    for reach, rest, mask in _levels(g, one):
         from_start, to_end = jnp.exp(reach), jnp.exp(rest)
         late, early = (wide_q * from_start).astype(kind), (wide_k * to_end).astype(kind)
         if mask is not None:
