@@ -22,7 +22,8 @@ Backward, with dS' from the chunk after it, where N = K S + C U is what the keys
 as two readers, queries and keys, stand one above the other in [2L, K]: their scores, reads and gradients are one
 product each. Chunks have 128 steps though an inverse costs L^3: in a matrix unit 128 wide, two of 64 take as many
 passes as one of 128, and gates are rows along 128 lanes. X is kept beside the state before each chunk, so the backward
-pass solves nothing again. Sums of gates, types and the grid are as in `chunk_outer`; X is float32, taken exactly.
+pass solves nothing again. Sums of gates, types and the grid are as in `chunk_outer`; X is float32, and its
+products keep 16 bits at least (`_exact`).
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ def delta(
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
     arrays = (query, key, value, beta.astype(jnp.float32), log_decay.astype(jnp.float32))
-    given = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
+    q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
     run = chunk_delta_keys if log_decay.ndim == 4 else chunk_delta
     documents = _documents(segments, (batch, length))
-    out, state = run(*given, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    out, state = run(q, k, v, strength, g, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state

@@ -41,22 +41,22 @@ def inputs(
     """Unit keys, strengths of 0 to 2, both ends among them, decays from none to -inf; documents that go on, and of one
     step, at a chunk's edges too. `stiff`: keys that are almost one, strengths near 2 and no decay, where every step
     turns round what those before it wrote, in one document."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    query, key = (jax.random.normal(k, (batch, G, length, key_size)) for k in keys[:2])
-    value = jax.random.normal(keys[2], (batch, H, length, value_size))
-    noise = jax.random.normal(keys[3], (batch, H, length, *((key_size,) if per_key else ())))
-    log_decay = jnp.where(noise > 1.8, -jnp.inf, -jnp.exp(4 * noise - 3))
-    state = jax.random.normal(keys[4], (batch, H, key_size, value_size))
-    beta = jnp.clip(1 + 1.2 * jax.random.normal(keys[5], (batch, H, length)), 0, 2)
+    random = np.random.default_rng(0)
+    normal = lambda *shape: random.standard_normal(shape).astype(np.float32)
+    query, key = (normal(batch, G, length, key_size) for _ in range(2))
+    value, state = normal(batch, H, length, value_size), normal(batch, H, key_size, value_size)
+    noise = normal(batch, H, length, *((key_size,) if per_key else ()))
+    log_decay = np.where(noise > 1.8, -np.inf, -np.exp(4 * noise - 3)).astype(np.float32)
+    beta = np.clip(1 + 1.2 * normal(batch, H, length), 0, 2)
     start = np.zeros((batch, length), bool)
     for row, places in enumerate(((3, 4, 127, 128, 129), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
     if stiff:
-        key, beta = key[:, :, :1] + 0.1 * key, jnp.maximum(beta, 1.9)
-        log_decay, start = jnp.zeros_like(log_decay), np.zeros_like(start)
-    key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)
-    narrow = [x.astype(dtype) for x in (query * key_size**-0.5, key, value)]
-    return [*narrow, beta, log_decay, state, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+        key, beta = key[:, :, :1] + 0.1 * key, np.maximum(beta, 1.9)
+        log_decay, start = np.zeros_like(log_decay), np.zeros_like(start)
+    key = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    narrow = [jnp.asarray(x, dtype) for x in (query * key_size**-0.5, key, value)]
+    return [*narrow, *map(jnp.asarray, (beta, log_decay, state)), jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
 
 
 KERNELS: dict[str, Any] = {"per head": (delta, chunk_delta), "per key": (delta_keys, chunk_delta_keys)}
@@ -129,6 +129,7 @@ def test_chunks_of_other_lengths_give_the_same(kind: str) -> None:
 
 
 @each
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_kernel_that_is_wrong_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that loses a thousandth of the state between two chunks, as a control of the tests above."""
     module, kernel = KERNELS[kind]
@@ -140,7 +141,7 @@ def test_a_kernel_that_is_wrong_is_found(kind: str, monkeypatch: pytest.MonkeyPa
 
     arrays = inputs(130, 16, 16, batch=1, per_key=kind == "per key")
     arrays[4], arrays[6] = jnp.full_like(arrays[4], -0.01), jnp.zeros_like(arrays[6])
-    found = delta.reference(*arrays)
+    found = jax.jit(delta.reference)(*arrays)
     run = lambda: jax.jit(lambda *a: kernel(*a, chunks.CHUNK, False, True))(*arrays)
     assert_same(NAMES, run(), found, FLOAT32)
     monkeypatch.setattr(module, "FORM", module.FORM._replace(forward=wrong))
@@ -187,6 +188,7 @@ def test_errors_name_the_shapes(kind: str) -> None:
         kernel(*wide, *arrays[2:])
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", [*KERNELS, "none"])
 def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as a loop over tokens has them; and why it does not serve else."""
