@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, turned, whole_chunks
+from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, sums_between, turned, whole_chunks
 
 
 class Form(NamedTuple):
@@ -232,11 +232,7 @@ def _decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
     """`(M [L, L], a [L, 1], w [L, 1], b [1, 1])` of a chunk's gates [1, L] and documents [1, L]."""
     length = g.shape[1]
     row, column = places(length)
-    between = jnp.where(row > column, turned(g), 0)
-    step = 1
-    while step < length:
-        between = between + jnp.where(row >= step, pltpu.roll(between, step, 0), 0)
-        step *= 2
+    between = sums_between(g)
     of_row = turned(documents)
     one = (row >= column) & (of_row == documents.astype(jnp.float32))
     decay = jnp.exp(jnp.where(one, between, -jnp.inf))

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from kernels_pallas.chunks import CHUNK
+from kernels_pallas.exponential import chunk_exponential
+from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
 
+VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of a TPU's default limit, a fifth left to the compiler
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
 
 
@@ -104,3 +107,38 @@ def diagonal(
     documents = _documents(segments, drive.shape[:2])
     out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
+
+
+def exponential(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T H K"],
+    value: Float[Array, "B T H V"],
+    log_input: Float[Array, "B T H"],
+    log_forget: Float[Array, "B T H"],
+    state: tuple[Float[Array, "B H"], Float[Array, "B H K"], Float[Array, "B H K V"]],
+    *,
+    eps: float,
+    segments: Segments | None,
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> tuple[Float[Array, "B T H V"], tuple[Float[Array, "B H"], Float[Array, "B H K"], Float[Array, "B H K V"]]]:
+    """`mlstm_scan` by `chunk_exponential`, its state as a tuple. Raises ValueError where that cannot serve, and why."""
+    kinds = {x.dtype for x in (query, key, value)}
+    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    told = ", ".join(sorted(map(str, kinds)))
+    sizes = (key.shape[-1], value.shape[-1])
+    held = max(exponential_bytes(*sizes, chunk or CHUNK, query.dtype).values())
+    reasons = {
+        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
+        f"heads of {sizes[0]} keys and {sizes[1]} values take {held} bytes of VMEM, more than {VMEM:.0f}": held > VMEM,
+    }
+    _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    if segments is not None:  # nothing is written
+        log_input = jnp.where(segments.valid[..., None], log_input, -jnp.inf)
+    arrays = [_empty(x, segments) for x in (query, key, value)]
+    arrays += [log_input.astype(jnp.float32), _empty(log_forget.astype(jnp.float32), segments)]
+    q, k, v, i, f = (jnp.swapaxes(x, 1, 2) for x in arrays)
+    log_max, normaliser, memory = (x.astype(jnp.float32) for x in state)
+    documents, wide = _documents(segments, query.shape[:2]), (log_max, normaliser, memory)
+    out, after = chunk_exponential(q, k, v, i, f, wide, documents, eps, chunk or CHUNK, False, INTERPRET)
+    return _empty(jnp.swapaxes(out, 1, 2), segments), after
