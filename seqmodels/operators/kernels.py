@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,10 +61,11 @@ def outer(
     *,
     segments: Segments | None,
     chunk: int | None,
-    bonus: Any,
+    bonus: Float[Array, "H K"] | None,
     sequence_axis: str | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way.
+    """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way, and where
+    there is a bonus: a decay of heads is then that of all their keys.
 
     Raises ValueError where they cannot serve, and why.
     """
@@ -71,7 +73,6 @@ def outer(
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
-        "the kernel has no bonus": bonus is not None,
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
     }
     _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis)
@@ -80,10 +81,12 @@ def outer(
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
+    if bonus is not None and log_decay.ndim == 3:
+        log_decay = jnp.broadcast_to(log_decay[..., None], (*log_decay.shape, key.shape[-1]))
     arrays = (query, key, value, log_decay.astype(jnp.float32))
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
     documents = _documents(segments, (batch, length))
-    run = chunk_outer_keys if log_decay.ndim == 4 else chunk_outer
+    run = functools.partial(chunk_outer_keys, bonus=bonus) if log_decay.ndim == 4 else chunk_outer
     out, state = run(q, k, v, g, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
