@@ -35,7 +35,7 @@ def inputs(
     value = jax.random.normal(keys[2], (batch, H, length, value_size))
     noise = jax.random.normal(keys[3], (batch, H, length, *((key_size,) if per_key else ())))
     log_decay = jnp.where(noise > 1.8, -jnp.inf, -jnp.exp(4 * noise - 3))
-    log_decay = log_decay.at[1:].set(-jnp.exp(noise[1:] - 6))
+    log_decay = log_decay.at[1:].set(-jnp.exp(noise[1:] - 4))
     state = jax.random.normal(keys[4], (batch, H, key_size, value_size))
     start = np.zeros((batch, length), bool)
     start[0, [place for place in (3, 4, 127, 128, 129, length - 1) if place < length]] = True
