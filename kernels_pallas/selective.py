@@ -1,8 +1,7 @@
 """`selective_scan`: h_t = exp(dt_t A) h_{t-1} + dt_t x_t b_t^T, read as y_t = h_t c_t (Mamba, 2312.00752).
 
-States are [N, width], channels along the lanes, and live in VMEM alone: nothing of [T, N, D] reaches main memory. The
-grid goes through the chunks of a block of channels in turn. Forward, a step at a time, with u_t = dt_t x_t a row and
-b_t, c_t columns of the chunk:
+States are [N, W], a block of channels along the lanes, and live in VMEM alone: nothing of [T, N, D] reaches main
+memory. Forward, a step at a time, with u_t = dt_t x_t a row and b_t, c_t columns:
 
     E_t = exp(A dt_t)            h_t = E_t * h_{t-1} + b_t u_t            y_t = sum over N of c_t * h_t
 
@@ -13,15 +12,14 @@ the gradient from the steps after t:
     dh = E_t * g_t               du_t = sum over N of b_t * g_t           q_t = dh * h_{t-1}
     dx_t = dt_t du_t             d dt_t = x_t du_t + sum over N of A * q_t             dA = sum over t of dt_t q_t
 
-where sums over D are made block by block of channels, then over blocks, and that for A over rows, by XLA. A document
-starts with a step so long that nothing is left: in E_t alone dt_t is LONGEST there, and A kept within RATES, which
-changes no other decay. A of -inf works for the same reason. Arithmetic is float32, whatever the inputs are.
+The grid goes through the chunks of a row in turn, and in each through the blocks of channels, whose states all stay in
+VMEM: columns are laid along all lanes once a chunk, and what is summed over D leaves the lanes once a chunk. Where a
+document starts, E_t alone takes a step LONGEST more, so that nothing is left. Arithmetic is float32, whatever comes in.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,14 +27,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, turned, whole_chunks
+from kernels_pallas import selective_kernels
+from kernels_pallas.chunks import CHUNK, check_shapes, documents_of, whole_chunks
+from kernels_pallas.selective_kernels import LANES, ROWS
 
-LANES, ROWS = 128, 8  # of a register; channels and states are filled up to them
-WIDTHS = (512, 256, 128)  # channels of a block, the first that divides them and keeps its states in STATES
-STATES = 4 * 2**20  # bytes for the states of all steps of a chunk in the backward kernel
-ROOM = 12 * 2**20  # bytes that a kernel may hold, of the 16 MiB it has by default
-RATES = (-1e30, -1e-30)
-LONGEST = 1e38
+WIDTHS = (256, 128)  # channels of a block, the first that divides them and keeps a chunk's states within STATES
+STATES = 2 * 2**20  # bytes
+ROOM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of the default limit, a fifth left to the compiler
+PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
 
 def reference(
@@ -85,19 +83,19 @@ def vmem_bytes(channels: int, size: int, chunk: int = CHUNK, dtype: Any = jnp.fl
 
     `dtype`: of x, dt and y.
     """
-    size += -size % ROWS
-    width = _width(channels, size, chunk)
-    item, block, state = jnp.dtype(dtype).itemsize, chunk * width, 4 * size * width
-    columns, documents = 4 * size * chunk, 4 * ROWS * chunk
-    shared = 2 * documents + 3 * 4 * chunk * chunk  # documents as a column, in all columns
-    forward = 2 * (3 * block * item + 2 * columns + 4 * state) + 4 * 3 * block + 3 * state + 2 * columns
-    backward = 2 * (5 * block * item + 4 * columns + 5 * state) + 4 * 5 * block + chunk * state + 8 * state
-    return {"forward": forward + shared, "backward": backward + 4 * columns + shared}
+    channels, size = channels + -channels % LANES, size + -size % ROWS
+    width, item = _width(channels, size, chunk), jnp.dtype(dtype).itemsize
+    rows, state, columns = chunk * width, 4 * size * width, 4 * size * chunk
+    wide, held, documents = columns * LANES, 4 * size * channels, 4 * chunk * (2 * ROWS + LANES)
+    forward = 2 * (3 * rows * item + 2 * columns + 4 * state) + 2 * wide + held + 4 * 3 * rows + 4 * state
+    backward = 2 * (5 * rows * item + 4 * columns + 5 * state) + 4 * wide + 2 * held + (4 * 5 + 4 * size) * rows
+    turning = 3 * 4 * LANES * LANES
+    return {"forward": forward + documents + turning, "backward": backward + 10 * state + documents + turning}
 
 
 def _width(channels: int, size: int, chunk: int) -> int:
-    channels += -channels % LANES
-    return next((w for w in WIDTHS if channels % w == 0 and 4 * chunk * size * w <= STATES), WIDTHS[-1])
+    fits = (w for w in WIDTHS if channels % w == 0 and 4 * chunk * size * w <= STATES)
+    return next(fits, WIDTHS[-1])
 
 
 def _check(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any, chunk: int) -> None:
@@ -112,43 +110,43 @@ def _check(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any, ch
         "segment": (segment.shape, (batch, length)),
     }
     held = max(vmem_bytes(channels, size, chunk, x.dtype).values())
-    large = f"states of {size} in chunks of {chunk} take {held} bytes of VMEM, more than {ROOM}"
+    large = f"states of {size} in chunks of {chunk} steps take {held} bytes of VMEM, more than {ROOM:.0f}"
     check_shapes(f"selective_scan with x {x.shape}", shapes, [large] if held > ROOM else [])
 
 
 class _Blocks:
-    """Block shapes and index maps over the grid (row, block of channels, chunk); `backward`: from the last chunk."""
+    """Block shapes and index maps over the grid (row, chunk, block of channels); `backward`: from the last chunk."""
 
     def __init__(self, x: jax.Array, a: jax.Array, chunk: int, *, backward: bool = False):
         self.batch, self.length, self.channels = x.shape
-        self.chunks, self.size, self.chunk = self.length // chunk, a.shape[0], chunk
-        self.width = width = _width(self.channels, self.size, chunk)
-        last = self.chunks - 1
-        at = (lambda n: last - n) if backward else (lambda n: n)
-        self.steps = pl.BlockSpec((None, chunk, width), lambda b, d, n: (b, at(n), d))
-        self.columns = pl.BlockSpec((None, self.size, chunk), lambda b, d, n: (b, 0, at(n)))
-        self.rates = pl.BlockSpec((self.size, width), lambda b, d, n: (0, d))
-        self.documents = pl.BlockSpec((None, 1, chunk), lambda b, d, n: (b, 0, at(n)))
-        self.state = pl.BlockSpec((None, self.size, width), lambda b, d, n: (b, 0, d))
-        self.states = pl.BlockSpec((None, None, self.size, width), lambda b, d, n: (b, at(n), 0, d))
-        self.sums = pl.BlockSpec((None, None, self.size, chunk), lambda b, d, n: (b, d, 0, at(n)))
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.batch, self.channels // self.width, self.chunks
+        self.chunks, self.size = self.length // chunk, a.shape[0]
+        self.width = _width(self.channels, self.size, chunk)
+        size, width, end = self.size, self.width, self.chunks - 1
+        final = self.channels // width - 1
+        at = (lambda n: end - n) if backward else (lambda n: n)
+        self.steps = pl.BlockSpec((None, chunk, width), lambda b, n, d: (b, at(n), d))
+        self.columns = pl.BlockSpec((None, chunk * size // LANES, LANES), lambda b, n, d: (b, at(n), 0))
+        self.rates = pl.BlockSpec((size, width), lambda b, n, d: (0, d))
+        self.documents = pl.BlockSpec((None, 1, chunk), lambda b, n, d: (b, 0, at(n)))
+        self.states = pl.BlockSpec((None, None, size, width), lambda b, n, d: (b, at(n), 0, d))
+        # Read in the first chunk that is gone through alone, and written in the last one.
+        self.first = pl.BlockSpec((None, size, width), lambda b, n, d: (b, 0, jnp.where(n == 0, d, final)))
+        self.last = pl.BlockSpec((None, size, width), lambda b, n, d: (b, 0, jnp.where(n == end, d, 0)))
+        self.held = (final + 1, size, width)
+        self.wide = (chunk * size, LANES)
+        self.rows = (width // LANES, chunk, LANES)
 
     def shape(self, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((self.batch, *sizes), jnp.float32)
 
     def call(self, kernel: Any, name: str, inputs: list[Any], outputs: list[Any], scratch: Any, interpret: Any) -> Any:
-        """`scratch`: the shapes of what is kept beside a state."""
         return pl.pallas_call(
             kernel,
-            grid=self.grid,
+            grid=(self.batch, self.chunks, self.channels // self.width),
             in_specs=inputs,
             out_specs=[spec for spec, _ in outputs],
             out_shape=[shape for _, shape in outputs],
-            scratch_shapes=[pltpu.VMEM(sizes, jnp.float32) for sizes in ((self.size, self.width), *scratch)],
+            scratch_shapes=[pltpu.VMEM(sizes, jnp.float32) for sizes in scratch],
             compiler_params=PARAMS,
             interpret=interpret,
             name=name,
@@ -156,17 +154,17 @@ class _Blocks:
 
 
 def _laid(x: Any, dt: Any, a: Any, b: Any, c: Any, chunk: int) -> tuple[Any, ...]:
-    """x, dt [B, T, D], a [N, D], b, c [B, N, T] in whole chunks and registers."""
+    """x, dt [B, T, D] and a [N, D] in whole chunks and registers; b, c the same as [B, T N / LANES, LANES]."""
     x, dt = whole_chunks(chunk, *whole_chunks(LANES, x, dt, axis=2), axis=1)
-    b, c = (jnp.swapaxes(y, 1, 2) for y in whole_chunks(chunk, *whole_chunks(ROWS, b, c, axis=2), axis=1))
-    return x, dt, _state_laid(a), b, c
+    b, c = whole_chunks(chunk, *whole_chunks(ROWS, b, c, axis=2), axis=1)
+    return x, dt, _state_laid(a), *(y.reshape(y.shape[0], -1, LANES) for y in (b, c))
 
 
 def _state_laid(state: Any) -> Any:
     """[..., D, N] as float32 [..., N, D] in whole registers."""
     state = jnp.swapaxes(state, -1, -2).astype(jnp.float32)
-    axis = state.ndim - 1
-    return whole_chunks(LANES, *whole_chunks(ROWS, state, axis=axis - 1), axis=axis)[0]
+    (state,) = whole_chunks(ROWS, state, axis=state.ndim - 2)
+    return whole_chunks(LANES, state, axis=state.ndim - 1)[0]
 
 
 def _run(
@@ -178,12 +176,12 @@ def _run(
     size = a.shape[1]
     x, dt, a, b, c = _laid(x, dt, a, b, c, chunk)
     blocks = _Blocks(x, a, chunk)
-    inputs = [blocks.steps, blocks.steps, blocks.rates, blocks.columns, blocks.columns, blocks.documents, blocks.state]
+    inputs = [blocks.steps, blocks.steps, blocks.rates, blocks.columns, blocks.columns, blocks.documents, blocks.first]
     outputs = [(blocks.steps, jax.ShapeDtypeStruct(x.shape, x.dtype))]
-    outputs += [(blocks.state, blocks.shape(blocks.size, blocks.channels))]
+    outputs += [(blocks.last, blocks.shape(blocks.size, blocks.channels))]
     outputs += [(blocks.states, blocks.shape(blocks.chunks, blocks.size, blocks.channels))] * save
-    scratch = [(chunk, blocks.width)] * 3
-    launch = blocks.call(_forward_kernel, "selective_scan_forward", inputs, outputs, scratch, interpret)
+    scratch = [blocks.held, blocks.wide, blocks.wide, (chunk, LANES), *[blocks.rows] * 2, (chunk, blocks.width)]
+    launch = blocks.call(selective_kernels.forward, "selective_scan_forward", inputs, outputs, scratch, interpret)
     y, after, *states = launch(x, dt, a, b, c, documents_of(segment, chunk), _state_laid(state))
     return y[:, :length, :channels], jnp.swapaxes(after[:, :size, :channels], 1, 2), *states
 
@@ -195,77 +193,10 @@ def _forward(
     return (y, after), (x, dt, a, b, c, state, segment, states[0] if save else None)
 
 
-def _rates(a: Any) -> Any:
-    return jnp.clip(a, *RATES)
-
-
-def _spans(dt: Any, documents: Any) -> Any:
-    """dt [L, W], and LONGEST at a document's start."""
-    column = turned(documents)[:, :1]
-    first = jax.lax.broadcasted_iota(jnp.int32, column.shape, 0) == 0
-    before = jnp.where(first, 0, pltpu.roll(column, 1, 0))
-    return jnp.where(jnp.broadcast_to(column == before, dt.shape), dt, LONGEST)
-
-
-def _tile(group: Any) -> Any:
-    """The rows of a group of eight steps."""
-    return pl.ds(pl.multiple_of(ROWS * group, ROWS), ROWS)
-
-
-def _folded(x: Any) -> Any:
-    """[N, W] summed up to the rows of one register."""
-    return sum(x[at : at + ROWS] for at in range(ROWS, x.shape[0], ROWS)) + x[:ROWS]
-
-
-def _rows(parts: Sequence[Any]) -> Any:
-    """Eight [8, W] as one: row i is the sum over the rows of part i.
-
-    In three levels, each of which adds neighbours of two parts and puts them into the rows of one: half the work of
-    eight sums.
-    """
-    row, step = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 0), 1
-    while step < ROWS:
-        own = row & step == 0
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        parts = [jnp.where(own, x, y) + pltpu.roll(jnp.where(own, y, x), step, 0) for x, y in pairs]
-        step *= 2
-    return parts[0]
-
-
-def _forward_kernel(*refs: Any) -> None:
-    x, dt, a, b, c, documents, first, out, last, *states, held, spans, drives, result = refs
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        held[...] = first[...]
-
-    for before in states:
-        before[...] = held[...]
-    steps, length = dt[...].astype(jnp.float32), dt.shape[0]
-    spans[...] = _spans(steps, documents[...])
-    drives[...] = steps * x[...].astype(jnp.float32)
-    rates = _rates(a[...])
-
-    def group(i: Any, carry: Any) -> Any:
-        state, b, c = carry  # columns of these steps come first
-        span, drive, parts = spans[_tile(i)], drives[_tile(i)], []
-        for j in range(ROWS):
-            state = jnp.exp(rates * span[j : j + 1]) * state + b[:, j : j + 1] * drive[j : j + 1]
-            parts.append(_folded(c[:, j : j + 1] * state))
-        result[_tile(i)] = _rows(parts)
-        return state, *(pltpu.roll(y, length - ROWS, 1) for y in (b, c))
-
-    carry = (held[...], b[...].astype(jnp.float32), c[...].astype(jnp.float32))
-    state, *_ = jax.lax.fori_loop(0, length // ROWS, group, carry)
-    out[...] = result[...].astype(out.dtype)
-    held[...] = state
-    last[...] = state
-
-
 def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
     *given, state, segment, states = residuals
     d_out, d_last = gradients
-    length, channels = given[0].shape[1:]
+    batch, length, channels = given[0].shape
     size = state.shape[2]
     if states is None:
         states = _run(*given, state, segment, chunk, True, interpret)[2]
@@ -273,81 +204,24 @@ def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients:
     (d_out,) = whole_chunks(chunk, *whole_chunks(LANES, d_out, axis=2), axis=1)
     blocks = _Blocks(x, a, chunk, backward=True)
     inputs = [blocks.steps, blocks.steps, blocks.rates, blocks.columns, blocks.columns, blocks.documents]
-    inputs += [blocks.states, blocks.steps, blocks.state]
-    whole = (blocks.state, blocks.shape(blocks.size, blocks.channels))
-    sums = (blocks.sums, blocks.shape(blocks.grid[1], blocks.size, blocks.length))
+    inputs += [blocks.states, blocks.steps, blocks.first]
+    whole = (blocks.last, blocks.shape(blocks.size, blocks.channels))
+    sums = (blocks.columns, blocks.shape(*b.shape[1:]))
     outputs = [*((blocks.steps, jax.ShapeDtypeStruct(y.shape, y.dtype)) for y in (x, dt)), whole, sums, sums, whole]
-    scratch = [(chunk, blocks.size, blocks.width), *[(chunk, blocks.width)] * 5]
-    launch = blocks.call(_backward_kernel, "selective_scan_backward", inputs, outputs, scratch, interpret)
+    scratch = [*[blocks.held] * 2, *[blocks.wide] * 4, (chunk, LANES), (chunk, blocks.size, blocks.width)]
+    scratch += [*[blocks.rows] * 3, *[(chunk, blocks.width)] * 2]
+    launch = blocks.call(selective_kernels.backward, "selective_scan_backward", inputs, outputs, scratch, interpret)
     found = launch(x, dt, a, b, c, documents_of(segment, chunk), states, d_out, _state_laid(d_last))
     dx, ddt, da, db, dc, d_state = found
-    turn = lambda x, sizes: jnp.swapaxes(x, -1, -2)[..., : sizes[0], : sizes[1]]
+    turn = lambda x: jnp.swapaxes(x, -1, -2)[..., :channels, :size]
     return (
         dx[:, :length, :channels],
         ddt[:, :length, :channels],
-        turn(jnp.sum(da, axis=0), (channels, size)).astype(given[2].dtype),
-        *(turn(jnp.sum(y, axis=1), (length, size)).astype(given[3 + i].dtype) for i, y in enumerate((db, dc))),
-        turn(d_state, (channels, size)).astype(state.dtype),
+        turn(jnp.sum(da, axis=0)).astype(given[2].dtype),
+        *(x.reshape(batch, -1, blocks.size)[:, :length, :size].astype(given[3].dtype) for x in (db, dc)),
+        turn(d_state).astype(state.dtype),
         None,
     )
-
-
-def _backward_kernel(*refs: Any) -> None:
-    x, dt, a, b, c, documents, before, d_out, d_last, *rest = refs
-    dx, ddt, da, db, dc, d_first, held, states, spans, drives, d_outs, d_drives, d_spans = rest
-
-    @pl.when(pl.program_id(2) == 0)
-    def _() -> None:
-        held[...] = d_last[...]
-        da[...] = jnp.zeros_like(da)
-
-    steps, length = dt[...].astype(jnp.float32), dt.shape[0]
-    spans[...] = _spans(steps, documents[...])
-    drives[...] = steps * x[...].astype(jnp.float32)
-    d_outs[...] = d_out[...].astype(jnp.float32)
-    rates, groups = _rates(a[...]), length // ROWS
-
-    def again(i: Any, carry: Any) -> Any:
-        state, b = carry
-        span, drive = spans[_tile(i)], drives[_tile(i)]
-        for j in range(ROWS):
-            states[ROWS * i + j] = state
-            state = jnp.exp(rates * span[j : j + 1]) * state + b[:, j : j + 1] * drive[j : j + 1]
-        return state, pltpu.roll(b, length - ROWS, 1)
-
-    wide_b, wide_c = b[...].astype(jnp.float32), c[...].astype(jnp.float32)
-    state, _ = jax.lax.fori_loop(0, groups, again, (before[...], wide_b))
-    lane = jax.lax.broadcasted_iota(jnp.int32, wide_b.shape, 1)
-
-    def group(i: Any, carry: Any) -> Any:
-        i = groups - 1 - i
-        after, state, of_rates, b, c, of_b, of_c = carry  # columns of these steps come last
-        span, drive, d_out = (ref[_tile(i)] for ref in (spans, drives, d_outs))
-        of_drive, of_span = [], []
-        for j in reversed(range(ROWS)):
-            at, own = length - ROWS + j, lane == ROWS * i + j
-            gradient = after + c[:, at : at + 1] * d_out[j : j + 1]
-            of_c = jnp.where(own, jnp.sum(state * d_out[j : j + 1], axis=1, keepdims=True), of_c)
-            of_b = jnp.where(own, jnp.sum(gradient * drive[j : j + 1], axis=1, keepdims=True), of_b)
-            of_drive.append(_folded(b[:, at : at + 1] * gradient))
-            state = states[ROWS * i + j]
-            after = jnp.exp(rates * span[j : j + 1]) * gradient
-            of_decay = after * state
-            of_span.append(_folded(rates * of_decay))
-            of_rates = of_rates + span[j : j + 1] * of_decay  # LONGEST meets a decay of 0 alone
-        d_drives[_tile(i)] = _rows(of_drive[::-1])
-        d_spans[_tile(i)] = _rows(of_span[::-1])
-        return after, state, of_rates, *(pltpu.roll(y, ROWS, 1) for y in (b, c)), of_b, of_c
-
-    carry = (held[...], state, da[...], wide_b, wide_c, jnp.zeros_like(wide_b), jnp.zeros_like(wide_c))
-    after, _, of_rates, _, _, of_b, of_c = jax.lax.fori_loop(0, groups, group, carry)
-    dx[...] = (d_drives[...] * steps).astype(dx.dtype)
-    ddt[...] = (d_drives[...] * x[...].astype(jnp.float32) + d_spans[...]).astype(ddt.dtype)
-    da[...] = of_rates
-    db[...] = of_b
-    dc[...] = of_c
-    held[...] = after
-    d_first[...] = after
 
 
 selective_scan.defvjp(_forward, _backward)

@@ -13,6 +13,7 @@ from kernels_pallas.chunks import CHUNK
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
+from kernels_pallas.selective import selective_scan
 from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
 
@@ -104,3 +105,32 @@ def diagonal(
     documents = _documents(segments, drive.shape[:2])
     out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
+
+
+def selective(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    a: Float[Array, "D N"],
+    b: Float[Array, "B T N"],
+    c: Float[Array, "B T N"],
+    state: Float[Array, "B D N"] | None,
+    *,
+    segments: Segments | None,
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """The selective scan, without its skip, by the kernel. Raises ValueError where that cannot serve, and why."""
+    kinds = {y.dtype for y in (x, dt, b, c)}
+    told = ", ".join(sorted(map(str, kinds)))
+    reasons = {
+        f"x, dt, b and c are bfloat16 or float32, not {told}": kinds - {jnp.dtype("bfloat16"), jnp.dtype("float32")},
+        f"a is float32 at most, not {a.dtype}": jnp.promote_types(a.dtype, jnp.float32) != jnp.float32,
+    }
+    _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    if state is None:
+        state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
+    x, dt, b, c = (_empty(y, segments) for y in (x, dt, b, c))
+    documents = _documents(segments, x.shape[:2])
+    wide = (a.astype(jnp.float32), b, c, state.astype(jnp.float32))
+    y, state = selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
+    return _empty(y, segments), state
