@@ -135,6 +135,7 @@ class _Blocks:
         self.held = (final + 1, size, width)
         self.wide = (chunk * size, LANES)
         self.rows = (width // LANES, chunk, LANES)
+        self.prepared = [self.wide, self.wide, (chunk, LANES), self.rows, self.rows]
 
     def shape(self, *sizes: int) -> Any:
         return jax.ShapeDtypeStruct((self.batch, *sizes), jnp.float32)
@@ -153,7 +154,7 @@ class _Blocks:
         )
 
 
-def _laid(x: Any, dt: Any, a: Any, b: Any, c: Any, chunk: int) -> tuple[Any, ...]:
+def _laid(chunk: int, x: Any, dt: Any, a: Any, b: Any, c: Any) -> tuple[Any, ...]:
     """x, dt [B, T, D] and a [N, D] in whole chunks and registers; b, c the same as [B, T N / LANES, LANES]."""
     x, dt = whole_chunks(chunk, *whole_chunks(LANES, x, dt, axis=2), axis=1)
     b, c = whole_chunks(chunk, *whole_chunks(ROWS, b, c, axis=2), axis=1)
@@ -174,13 +175,13 @@ def _run(
     _check(x, dt, a, b, c, state, segment, chunk)
     _, length, channels = x.shape
     size = a.shape[1]
-    x, dt, a, b, c = _laid(x, dt, a, b, c, chunk)
+    x, dt, a, b, c = _laid(chunk, x, dt, a, b, c)
     blocks = _Blocks(x, a, chunk)
     inputs = [blocks.steps, blocks.steps, blocks.rates, blocks.columns, blocks.columns, blocks.documents, blocks.first]
     outputs = [(blocks.steps, jax.ShapeDtypeStruct(x.shape, x.dtype))]
     outputs += [(blocks.last, blocks.shape(blocks.size, blocks.channels))]
     outputs += [(blocks.states, blocks.shape(blocks.chunks, blocks.size, blocks.channels))] * save
-    scratch = [blocks.held, blocks.wide, blocks.wide, (chunk, LANES), *[blocks.rows] * 2, (chunk, blocks.width)]
+    scratch = [blocks.held, *blocks.prepared, (chunk, blocks.width)]
     launch = blocks.call(selective_kernels.forward, "selective_scan_forward", inputs, outputs, scratch, interpret)
     y, after, *states = launch(x, dt, a, b, c, documents_of(segment, chunk), _state_laid(state))
     return y[:, :length, :channels], jnp.swapaxes(after[:, :size, :channels], 1, 2), *states
@@ -200,7 +201,7 @@ def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients:
     size = state.shape[2]
     if states is None:
         states = _run(*given, state, segment, chunk, True, interpret)[2]
-    x, dt, a, b, c = _laid(*given, chunk)
+    x, dt, a, b, c = _laid(chunk, *given)
     (d_out,) = whole_chunks(chunk, *whole_chunks(LANES, d_out, axis=2), axis=1)
     blocks = _Blocks(x, a, chunk, backward=True)
     inputs = [blocks.steps, blocks.steps, blocks.rates, blocks.columns, blocks.columns, blocks.documents]
@@ -208,8 +209,8 @@ def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients:
     whole = (blocks.last, blocks.shape(blocks.size, blocks.channels))
     sums = (blocks.columns, blocks.shape(*b.shape[1:]))
     outputs = [*((blocks.steps, jax.ShapeDtypeStruct(y.shape, y.dtype)) for y in (x, dt)), whole, sums, sums, whole]
-    scratch = [*[blocks.held] * 2, *[blocks.wide] * 4, (chunk, LANES), (chunk, blocks.size, blocks.width)]
-    scratch += [*[blocks.rows] * 3, *[(chunk, blocks.width)] * 2]
+    scratch = [*[blocks.held] * 2, *blocks.prepared, *[blocks.wide] * 2, (chunk, blocks.size, blocks.width)]
+    scratch += [blocks.rows, *[(chunk, blocks.width)] * 2]
     launch = blocks.call(selective_kernels.backward, "selective_scan_backward", inputs, outputs, scratch, interpret)
     found = launch(x, dt, a, b, c, documents_of(segment, chunk), states, d_out, _state_laid(d_last))
     dx, ddt, da, db, dc, d_state = found

@@ -90,15 +90,36 @@ def _rows(parts: Sequence[Any]) -> Any:
     return parts[0]
 
 
-def forward(*refs: Any) -> None:
-    x, dt, a, b, c, documents, first, out, last, *states, held, wide_b, wide_c, waits, spans, drives, result = refs
-    block, (size, width) = pl.program_id(2), a.shape
+def _prepared(x: Any, dt: Any, b: Any, c: Any, documents: Any, scratch: Sequence[Any]) -> Any:
+    """dt in float32; the rows and columns of all steps in scratch, of which columns serve every block of a chunk."""
+    wide_b, wide_c, waits, spans, drives = scratch
 
-    @pl.when(block == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         _widen(b[...], wide_b)
         _widen(c[...], wide_c)
         waits[...] = _waits(documents[...])
+
+    steps = dt[...].astype(jnp.float32)
+    _put(spans, steps + _across(waits[...], steps.shape[1]))
+    _put(drives, steps * x[...].astype(jnp.float32))
+    return steps
+
+
+def _column(wide: Any, step: Any, like: Any) -> Any:
+    """A step's column along all channels of a state [N, W]."""
+    size, width = like.shape
+    return _across(wide[pl.ds(pl.multiple_of(size * step, ROWS), size)], width)
+
+
+def _after(state: Any, rates: Any, step: Any, spans: Any, drives: Any, wide_b: Any) -> Any:
+    """The state after a step."""
+    return jnp.exp2(rates * _row(spans, step)) * state + _column(wide_b, step, state) * _row(drives, step)
+
+
+def forward(*refs: Any) -> None:
+    x, dt, a, b, c, documents, first, out, last, *states, held, wide_b, wide_c, waits, spans, drives, result = refs
+    block = pl.program_id(2)
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -106,18 +127,14 @@ def forward(*refs: Any) -> None:
 
     for before in states:
         before[...] = held[block]
-    steps = dt[...].astype(jnp.float32)
-    _put(spans, steps + _across(waits[...], width))
-    _put(drives, steps * x[...].astype(jnp.float32))
+    _prepared(x, dt, b, c, documents, (wide_b, wide_c, waits, spans, drives))
     rates = _rates(a[...])
 
     def group(i: Any, state: Any) -> Any:
         parts = []
-        for j in range(ROWS):
-            step = ROWS * i + j
-            column = pl.ds(pl.multiple_of(size * step, ROWS), size)
-            state = jnp.exp2(rates * _row(spans, step)) * state + _across(wide_b[column], width) * _row(drives, step)
-            parts.append(_across(wide_c[column], width) * state)
+        for step in (ROWS * i + j for j in range(ROWS)):
+            state = _after(state, rates, step, spans, drives, wide_b)
+            parts.append(_column(wide_c, step, state) * state)
         result[_tile(i)] = _rows(parts)
         return state
 
@@ -129,48 +146,38 @@ def forward(*refs: Any) -> None:
 
 def backward(*refs: Any) -> None:
     x, dt, a, b, c, documents, before, d_out, d_last, dx, ddt, da, db, dc, d_first, *scratch = refs
-    held, held_a, wide_b, wide_c, of_b, of_c, waits, states, spans, drives, d_outs, d_drives, d_spans = scratch
-    block, (size, width), groups = pl.program_id(2), a.shape, dt.shape[0] // ROWS
+    held, held_a, wide_b, wide_c, waits, spans, drives, of_b, of_c, states, d_outs, d_drives, d_spans = scratch
+    block, groups = pl.program_id(2), dt.shape[0] // ROWS
 
     @pl.when(block == 0)
     def _() -> None:
-        _widen(b[...], wide_b)
-        _widen(c[...], wide_c)
-        waits[...] = _waits(documents[...])
         of_b[...] = jnp.zeros_like(of_b)
         of_c[...] = jnp.zeros_like(of_c)
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         held[block] = d_last[...]
-        held_a[block] = jnp.zeros((size, width), jnp.float32)
+        held_a[block] = jnp.zeros(a.shape, jnp.float32)
 
-    steps = dt[...].astype(jnp.float32)
-    _put(spans, steps + _across(waits[...], width))
-    _put(drives, steps * x[...].astype(jnp.float32))
+    steps = _prepared(x, dt, b, c, documents, (wide_b, wide_c, waits, spans, drives))
     _put(d_outs, d_out[...].astype(jnp.float32))
     rates = _rates(a[...])
-    at = lambda step: pl.ds(pl.multiple_of(size * step, ROWS), size)
 
     def again(i: Any, state: Any) -> Any:
-        for j in range(ROWS):
-            step = ROWS * i + j
-            column = at(step)
+        for step in (ROWS * i + j for j in range(ROWS)):
             states[step] = state
-            state = jnp.exp2(rates * _row(spans, step)) * state + _across(wide_b[column], width) * _row(drives, step)
+            state = _after(state, rates, step, spans, drives, wide_b)
         return state
 
     def group(i: Any, carry: Any) -> Any:
-        i = groups - 1 - i
         after, state, of_rates = carry
-        of_drive, of_span = [], []
-        for j in reversed(range(ROWS)):
-            step = ROWS * i + j
-            column = at(step)
-            gradient = after + _across(wide_c[column], width) * _row(d_outs, step)
+        i, of_drive, of_span = groups - 1 - i, [], []
+        for step in (ROWS * i + j for j in reversed(range(ROWS))):
+            column = pl.ds(pl.multiple_of(a.shape[0] * step, ROWS), a.shape[0])
+            gradient = after + _column(wide_c, step, state) * _row(d_outs, step)
             of_c[column] += _folded(state * _row(d_outs, step), 1, LANES)
             of_b[column] += _folded(gradient * _row(drives, step), 1, LANES)
-            of_drive.append(_across(wide_b[column], width) * gradient)
+            of_drive.append(_column(wide_b, step, state) * gradient)
             state = states[step]
             after = jnp.exp2(rates * _row(spans, step)) * gradient
             of_decay = after * state

@@ -108,8 +108,7 @@ def selective_scan(
     if state is not None and state.shape != (batch, channels, size):
         raise ValueError(f"the state [B, D, N] of x {x.shape} and a {a.shape} is not {state.shape}")
     if method == "pallas":
-        options = {"segments": segments, "chunk": chunk, "sequence_axis": sequence_axis}
-        y, after = kernels.selective(x, dt, a, b, c, state, **options)
+        y, after = kernels.selective(x, dt, a, b, c, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
     else:
         y, after = run_family(
             "selective",

@@ -50,7 +50,7 @@ CASES = [
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
             "one step": (1, 128, 16, 2, jnp.float32, True, True),
-            "strictly": (130, 136, 8, 1, jnp.float32, True, STRICT),
+            "several blocks, strictly": (130, 264, 8, 1, jnp.float32, True, STRICT),
             "states computed again, strictly": (130, 8, 8, 1, jnp.float32, False, STRICT),
             "several blocks": (257, 256 * 2, 16, 1, jnp.float32, False, True),
             "large states": (130, 24, 32, 1, jnp.float32, True, True),
