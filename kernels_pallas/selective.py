@@ -195,13 +195,13 @@ def _forward(
 
 
 def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
-    *given, state, segment, states = residuals
+    x, dt, a, b, c, state, segment, states = residuals
     d_out, d_last = gradients
-    batch, length, channels = given[0].shape
-    size = state.shape[2]
+    batch, length, channels = x.shape
+    size, of_rates, of_columns = state.shape[2], a.dtype, (b.dtype, c.dtype)
     if states is None:
-        states = _run(*given, state, segment, chunk, True, interpret)[2]
-    x, dt, a, b, c = _laid(chunk, *given)
+        states = _run(x, dt, a, b, c, state, segment, chunk, True, interpret)[2]
+    x, dt, a, b, c = _laid(chunk, x, dt, a, b, c)
     (d_out,) = whole_chunks(chunk, *whole_chunks(LANES, d_out, axis=2), axis=1)
     blocks = _Blocks(x, a, chunk, backward=True)
     inputs = [blocks.steps, blocks.steps, blocks.rates, blocks.columns, blocks.columns, blocks.documents]
@@ -215,11 +215,12 @@ def _backward(chunk: int, save: bool, interpret: Any, residuals: Any, gradients:
     found = launch(x, dt, a, b, c, documents_of(segment, chunk), states, d_out, _state_laid(d_last))
     dx, ddt, da, db, dc, d_state = found
     turn = lambda x: jnp.swapaxes(x, -1, -2)[..., :channels, :size]
+    narrow = lambda x: x.reshape(batch, -1, blocks.size)[:, :length, :size]
     return (
         dx[:, :length, :channels],
         ddt[:, :length, :channels],
-        turn(jnp.sum(da, axis=0)).astype(given[2].dtype),
-        *(x.reshape(batch, -1, blocks.size)[:, :length, :size].astype(given[3].dtype) for x in (db, dc)),
+        turn(jnp.sum(da, axis=0)).astype(of_rates),
+        *(narrow(y).astype(kind) for y, kind in zip((db, dc), of_columns, strict=True)),
         turn(d_state).astype(state.dtype),
         None,
     )
