@@ -21,6 +21,7 @@ from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
+from kernels_pallas.selective import selective_scan
 from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
 
@@ -210,3 +211,32 @@ def exponential(
     documents, wide = _documents(segments, query.shape[:2]), (log_max, normaliser, memory)
     out, after = chunk_exponential(q, k, v, i, f, wide, documents, eps, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), after
+
+
+def selective(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    a: Float[Array, "D N"],
+    b: Float[Array, "B T N"],
+    c: Float[Array, "B T N"],
+    state: Float[Array, "B D N"] | None,
+    *,
+    segments: Segments | None,
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """The selective scan, without its skip, by the kernel. Raises ValueError where that cannot serve, and why."""
+    kinds = {y.dtype for y in (x, dt, b, c)}
+    told = ", ".join(sorted(map(str, kinds)))
+    reasons = {
+        f"x, dt, b and c are bfloat16 or float32, not {told}": kinds - {jnp.dtype("bfloat16"), jnp.dtype("float32")},
+        f"a is float32 at most, not {a.dtype}": jnp.promote_types(a.dtype, jnp.float32) != jnp.float32,
+    }
+    _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    if state is None:
+        state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
+    x, dt, b, c = (_empty(y, segments) for y in (x, dt, b, c))
+    documents = _documents(segments, x.shape[:2])
+    wide = (a.astype(jnp.float32), b, c, state.astype(jnp.float32))
+    y, state = selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
+    return _empty(y, segments), state

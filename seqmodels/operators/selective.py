@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from seqmodels.operators import kernels
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -106,17 +107,21 @@ def selective_scan(
         raise ValueError(f"selective_scan takes {names}; not {given} and d {getattr(d, 'shape', None)}")
     if state is not None and state.shape != (batch, channels, size):
         raise ValueError(f"the state [B, D, N] of x {x.shape} and a {a.shape} is not {state.shape}")
-    y, after = run_family(
-        "selective",
-        selective_recurrence(a),
-        Selective(x, dt, b, c),
-        None if state is None else state.swapaxes(1, 2),
-        segments=segments,
-        method=method,
-        chunk=CHUNK if chunk is None else chunk,
-        sequence_axis=sequence_axis,
-    )
+    if method == "pallas":
+        y, after = kernels.selective(x, dt, a, b, c, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
+    else:
+        y, after = run_family(
+            "selective",
+            selective_recurrence(a),
+            Selective(x, dt, b, c),
+            None if state is None else state.swapaxes(1, 2),
+            segments=segments,
+            method=method,
+            chunk=CHUNK if chunk is None else chunk,
+            sequence_axis=sequence_axis,
+        )
+        after = after.swapaxes(1, 2)
     if d is not None:
         seen = x if segments is None else jnp.where(segments.valid[..., None], x, 0)  # padding may be NaN
         y = y + _wide(d)[None, None] * _wide(seen)
-    return y.astype(x.dtype), after.swapaxes(1, 2)
+    return y.astype(x.dtype), after
