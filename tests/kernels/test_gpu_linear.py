@@ -1,0 +1,93 @@
+"""`linear_scan` for GPUs in interpret mode against a loop in float64, and its lowering for an H100."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.gpu import linear
+from kernels_pallas.gpu.linear import linear_scan, shared_bytes
+from kernels_pallas.linear import reference
+from tests.kernels.common import assert_same, graded, in_float64
+from tests.kernels.hopper import SHARED, STRICT, interpreted, shared_memory_of
+from tests.kernels.test_linear import BFLOAT16, FLOAT32, NAMES
+from tests.kernels.test_linear import inputs as arrays_of
+
+
+def inputs(length: int, channels: int, *, batch: int = 2, dtype: Any = jnp.float32) -> list[Any]:
+    """Decays from none to -inf; documents that go on, of one step, and that start where tiles of 8 and 16 steps do."""
+    *arrays, _ = arrays_of(length, channels, batch=batch, dtype=dtype)
+    start = np.zeros((batch, length), bool)
+    for row, places in enumerate(((3, 4, 15, 16, 17, 40, 48), (0, length - 1))[:batch]):
+        start[row, [place for place in places if place < length]] = True
+    return [*arrays, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+
+
+CASES = [
+    # length, channels, batch, type
+    pytest.param(101, 20, 2, jnp.float32, id="more tiles than slots"),
+    *(
+        pytest.param(*case, id=name, marks=pytest.mark.slow)
+        for name, case in {
+            "complex": (43, 6, 2, jnp.complex64),
+            "one step": (1, 128, 2, jnp.float32),
+            "several blocks": (33, 300, 1, jnp.float32),
+            "bfloat16": (150, 24, 2, jnp.bfloat16),
+            "complex, whole tiles": (48, 16, 1, jnp.complex64),
+        }.items()
+    ),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "channels", "batch", "dtype"), CASES)
+def test_the_kernel_equals_the_recurrence_in_float64(length: int, channels: int, batch: int, dtype: Any) -> None:
+    """Outputs, the state, and all gradients, with every memory poisoned and races looked for."""
+    *arrays, segment = inputs(length, channels, batch=batch, dtype=dtype)
+    found = jax.jit(functools.partial(graded, lambda *a: linear_scan(*a, segment, STRICT)))(*arrays)
+    assert [x.dtype for x in found] == [dtype, arrays[2].dtype, dtype, dtype, arrays[2].dtype]
+    right = in_float64(lambda *a: reference(*a, segment), *arrays)
+    assert_same(NAMES, found, right, BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32)
+
+
+@interpreted
+@pytest.mark.parametrize("part", ["_forward_tile", "_backward_tile"])
+def test_a_kernel_that_is_wrong_is_found(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loses a thousandth of what is carried between two tiles, as a control of the test above."""
+    right = getattr(linear, part)
+
+    def wrong(*arguments: Any) -> Any:
+        return tuple(0.999 * plane for plane in right(*arguments))
+
+    log_decay, drive, state, segment = inputs(33, 8, batch=1)
+    arrays = (jnp.full_like(log_decay, -0.01), drive, state)
+    run = lambda: jax.jit(functools.partial(graded, lambda *a: linear_scan(*a, jnp.zeros_like(segment), STRICT)))
+    expected = in_float64(lambda *a: reference(*a, jnp.zeros_like(segment)), *arrays)
+    monkeypatch.setattr(linear, part, wrong)
+    with pytest.raises(AssertionError, match="h" if part == "_forward_tile" else "d log_decay"):
+        assert_same(NAMES, run()(*arrays), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("shape", [(8, 8192, 4096), (2, 16384, 2560), (4, 1000, 192)], ids=str)
+def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, int, int], dtype: str) -> None:
+    """Two blocks of a kernel fit on a multiprocessor."""
+    of = jax.ShapeDtypeStruct
+    state = of(shape[::2], "complex64" if dtype == "complex64" else "float32")
+    gradients = lambda *a: graded(lambda *arrays: linear_scan(*arrays, a[3]), *a[:3])
+    found = shared_memory_of(gradients, of(shape, dtype), of(shape, dtype), state, of(shape[:2], "int32"))
+    assert found == list(shared_bytes(shape[1], planes=2 if dtype == "complex64" else 1, dtype=dtype).values())
+    assert max(found) < SHARED
+
+
+def test_errors_name_the_shapes() -> None:
+    log_decay, drive, state, segment = inputs(5, 4)
+    with pytest.raises(ValueError, match=r"log_decay \(2, 4, 4\), not \(2, 5, 4\); segment \(2, 4\), not \(2, 5\)"):
+        linear_scan(log_decay[:, 1:], drive, state, segment[:, 1:])
+    with pytest.raises(ValueError, match="types float32, float32, complex64: all real, or all complex"):
+        linear_scan(log_decay, drive, state.astype(jnp.complex64), segment)
