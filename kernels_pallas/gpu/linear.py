@@ -31,6 +31,7 @@ from kernels_pallas.gpu.elementwise import (
     of_tile,
     ring,
     scan_tiles,
+    shape_of,
     whole_channels,
 )
 from kernels_pallas.linear import check
@@ -52,13 +53,13 @@ def linear_scan(
 
 
 def shared_bytes(length: int, *, planes: int = 1, dtype: Any = jnp.float32) -> dict[str, int]:
-    """Shared memory that a block of the forward (with the states it keeps) and of the backward kernel takes."""
+    """Shared memory that a block of each kernel takes; `inference` is the forward one that keeps no states."""
     steps = STEPS // planes
     tiles = -(-length // steps)
     item = dtype if planes == 1 else jnp.float32
-    small = [(MARKS, jnp.int32), (of_tile(planes), jnp.float32)]
-    own = lambda arrays: ring([*[(of_steps(steps), item)] * (arrays * planes), *small], tiles)[1]
-    return {"forward": own(3), "backward": own(5)}
+    stream, kept, marks = (of_steps(steps), item), (of_tile(planes), jnp.float32), (MARKS, jnp.int32)
+    own = lambda arrays, *small: ring([*[stream] * (arrays * planes), *small], tiles, [planes])[1]
+    return {"inference": own(3, marks), "forward": own(3, kept, marks), "backward": own(5, kept, marks)}
 
 
 def _streams(steps: int, *arrays: jax.Array) -> list[tuple[jax.Array, Part]]:
@@ -82,15 +83,13 @@ def _forward(log_decay: Any, drive: Any, state: Any, segment: Any, interpret: An
     planes = first.shape[1]
     steps = STEPS // planes
     marks = going_on(segment, steps)
-    tiles = marks.shape[1]
     drives = _streams(steps, drive)
-    kept = jax.ShapeDtypeStruct((first.shape[0], tiles, *first.shape[1:]), jnp.float32)
+    kept = shape_of((first.shape[0], marks.shape[1], *first.shape[1:]))
     found, last = scan_tiles(
         functools.partial(_forward_tile, planes, steps),
         first,
         reads=[*_streams(steps, log_decay), *drives, (marks, MARKS)],
         writes=[*drives, *([(kept, of_tile(planes))] if keep else [])],
-        tiles=tiles,
         interpret=interpret,
         name="linear_scan_forward",
     )
@@ -99,17 +98,18 @@ def _forward(log_decay: Any, drive: Any, state: Any, segment: Any, interpret: An
     return (out, after), (log_decay, drive, state, segment, found[planes:])
 
 
-def _forward_tile(planes: int, steps: int, read: Sequence[Any], written: Sequence[Any], state: Planes) -> Planes:
+def _forward_tile(planes: int, steps: int, read: Sequence[Any], written: Sequence[Any], carry: Any) -> None:
     logs, drives, marks = read[:planes], read[planes : 2 * planes], read[-1]
     out, kept = written[:planes], written[planes:]
+    state = _vectors_of(carry, planes)
     for ref in kept:
-        _put([ref.at[i] for i in range(planes)], slice(None), state)
+        _keep(ref, state)
     decays = [_decay(logs, marks, i) for i in range(steps)]
     inputs = [_at(drives, i) for i in range(steps)]
     for i in range(steps):
         state = plus(times(decays[i], state), inputs[i])
         _put(out, i, state)
-    return state
+    _keep(carry, state)
 
 
 def _backward(interpret: Any, residuals: Any, gradients: Any) -> Any:
@@ -125,7 +125,6 @@ def _backward(interpret: Any, residuals: Any, gradients: Any) -> Any:
         last,
         reads=[*logs, *drives, *_streams(steps, d_out), (states[0], of_tile(planes)), (marks, MARKS)],
         writes=[*logs, *drives],
-        tiles=marks.shape[1],
         backward=True,
         interpret=interpret,
         name="linear_scan_backward",
@@ -134,25 +133,35 @@ def _backward(interpret: Any, residuals: Any, gradients: Any) -> Any:
     return _numbers(found[:planes], log_decay), _numbers(found[planes:], drive), d_state, None
 
 
-def _backward_tile(planes: int, steps: int, read: Sequence[Any], written: Sequence[Any], flowing: Planes) -> Planes:
+def _backward_tile(planes: int, steps: int, read: Sequence[Any], written: Sequence[Any], carry: Any) -> None:
     logs, drives, d_out = (read[i * planes : (i + 1) * planes] for i in range(3))
     kept, marks = read[-2:]
     d_log, d_drive = written[:planes], written[planes:]
     decays = [_decay(logs, marks, i) for i in range(steps)]
-    before = [tuple(kept[i] for i in range(planes))]  # the states before each step
+    before = [_vectors_of(kept, planes)]  # the states before each step
     for i in range(steps - 1):
         before.append(plus(times(decays[i], before[i]), _at(drives, i)))
+    flowing = _vectors_of(carry, planes)
     for i in reversed(range(steps)):
         gradient = plus(_at(d_out, i), flowing)
         flowing = times(decays[i], gradient)
         _put(d_drive, i, gradient)
         _put(d_log, i, times(flowing, before[i]))
-    return flowing
+    _keep(carry, flowing)
 
 
 def _decay(logs: Sequence[Any], marks: Any, step: int) -> Planes:
     """exp(g), and 0 where a document starts."""
     return pick(jnp.broadcast_to(marks[step], (LANES,)) == 1, exp(_at(logs, step)), 0.0)
+
+
+def _vectors_of(ref: Any, planes: int) -> Planes:
+    return tuple(ref[i] for i in range(planes))
+
+
+def _keep(ref: Any, planes: Planes) -> None:
+    for i, plane in enumerate(planes):
+        ref[i] = plane
 
 
 def _at(refs: Sequence[Any], step: int) -> Planes:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from kernels_pallas.chunks import CHUNK
+from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
@@ -25,11 +26,27 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _serve(family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None) -> None:
-    """Raises ValueError with the first of the reasons that holds, those of every kernel among them."""
+def _before_hopper() -> bool:
+    """Whether programs are made for this machine's GPU, and that is none of compute capability 9.0 or more."""
+    if getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is not None:
+        return False
+    major = str(getattr(jax.devices()[0], "compute_capability", "9.0")).split(".")[0]
+    return not major.isdigit() or int(major) < 9  # AMD's have names
+
+
+def _serve(
+    family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None, *, gpu: bool = False
+) -> None:
+    """Raises ValueError with the first of the reasons that holds, those of every kernel among them.
+
+    `gpu`: there is a kernel for GPUs too.
+    """
     check_method("pallas", chunk)
+    to = platform()
+    served = to == "tpu" or (gpu and to == "gpu") or INTERPRET
     common = {
-        f"the kernel is for TPUs, and this is made for {platform()}": platform() != "tpu" and not INTERPRET,
+        f"the kernel is for {'TPUs and GPUs' if gpu else 'TPUs'}, and this is made for {to}": not served,
+        "the kernel is for GPUs from Hopper on, and this one is older": to == "gpu" and _before_hopper(),
         "the kernel does not shard time": sequence_axis is not None,
         f"chunks are a multiple of {CHUNK} steps, not {chunk}": chunk is not None and chunk % CHUNK,
     }
@@ -94,13 +111,16 @@ def diagonal(
     chunk: int | None,
     sequence_axis: str | None,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
-    """`diagonal_scan` by `linear_scan`. Raises ValueError where that cannot serve, and why."""
+    """`diagonal_scan` by `linear_scan` for TPUs or for GPUs. Raises ValueError where neither can serve, and why."""
     kind = jnp.result_type(log_decay, drive, jnp.float32)
     reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
-    _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, gpu=True)
     if state is None:
         state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
     arrays = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
     documents = _documents(segments, drive.shape[:2])
-    out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
+    if platform() == "gpu":
+        out, state = gpu_linear.linear_scan(*arrays, state.astype(kind), documents, INTERPRET)
+    else:
+        out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
