@@ -137,6 +137,7 @@ def scan_tiles(
         grid=(channels // LANES, batch),
         grid_names=("block", "row"),
         kernel_name=name,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret or None,
     )
     *found, carry = run(*[x for x, _ in reads], *given, carry)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh
 
 H100 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, platform="gpu"))
-SHARED = 113 * 1024  # bytes of a multiprocessor's shared memory that each of two blocks can have; one: 227 KiB
+ALONE, SHARED = 227 * 1024, 113 * 1024  # bytes of a multiprocessor's memory that one block, and each of two, can have
 RUNS = jax.__version_info__ >= (0, 12)
 # Memory that was not written is NaN, reads out of bounds raise (but TMA's, which give zeros), and so do races.
 STRICT = plgpu.InterpretGPUParams(detect_races=True) if RUNS else None
