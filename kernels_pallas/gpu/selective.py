@@ -49,6 +49,8 @@ ROWS = 4 * STEPS  # of products to sum over the lanes: of b and of c, for two en
 SUMS = 2048  # bytes of shared memory that a sum over lanes is given by the compiler
 PITCH = LANES + 8  # float32s from row to row, so that eight rows that are read at a time lie in other banks
 
+Found = tuple[list[Any], list[Any]]
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def selective_scan(
@@ -226,7 +228,7 @@ def _backward_tile(
     steps, drives, on = _steps(x, dt, marks)
     of_out = [d_out[i].astype(jnp.float32) for i in range(STEPS)]
 
-    def entry(n: Any, row: int, of_drives: list[Any], of_steps: list[Any]) -> None:
+    def entry(n: Any, row: Any, of_drives: list[Any], of_steps: list[Any]) -> Found:
         rate, flowing, of_rate = rates[n], carry[n], carry[size + n]
         decays = [jnp.exp2(steps[i] * rate) * on[i] for i in range(STEPS)]
         states = [kept[n]]
@@ -243,10 +245,10 @@ def _backward_tile(
             of_rate = of_rate + steps[i] * of_exponent
         carry[n] = flowing
         carry[size + n] = of_rate
+        return of_drives, of_steps
 
-    def pair(n: Any, found: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
-        for half in range(2):
-            entry(2 * n + half, half * 2 * STEPS, *found)
+    def pair(n: Any, found: Found) -> Found:
+        found = jax.lax.fori_loop(0, 2, lambda half, x: entry(2 * n + half, half * 2 * STEPS, *x), found)
         plgpu.commit_smem()  # all lanes have written their products
         table = plgpu.layout_cast(products[:, pl.ds(0, LANES)], plgpu.Layout.WGMMA)
         sums[n // 2, pl.ds(jax.lax.rem(n, 2) * ROWS, ROWS)] = jnp.sum(table, axis=1)
