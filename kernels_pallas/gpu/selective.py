@@ -47,6 +47,7 @@ STEPS = 16  # of a tile
 ENTRIES = 8  # of a state are padded to a multiple of it
 ROWS = 4 * STEPS  # of products to sum over the lanes: of b and of c, for two entries of a state
 SUMS = 2048  # bytes of shared memory that a sum over lanes is given by the compiler
+ROOM = 227 * 1024  # bytes of shared memory that a block can have
 PITCH = LANES + 8  # float32s from row to row, so that eight rows that are read at a time lie in other banks
 
 Found = tuple[list[Any], list[Any]]
@@ -70,7 +71,7 @@ def selective_scan(
     where it is 0, and every change starts from zeros. Inputs are bfloat16 or float32, y has the type of x, the state is
     float32. `save_states`: a training step keeps the states before the tiles (N / 16 of the entries of x, in float32),
     instead of running the forward kernel once more. `interpret`: parameters of interpret mode for GPUs. Raises
-    ValueError on shapes that do not fit.
+    ValueError on shapes that do not fit, and on states too large for shared memory (from 40 entries on in float32).
     """
     found, last = _run(x, dt, a, b, c, state, segment, interpret, keep=False)
     return _given(found[0], x), _entries(last, a)
@@ -137,7 +138,9 @@ def _check(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any) ->
         "state": (state.shape, (batch, channels, size)),
         "segment": (segment.shape, (batch, length)),
     }
-    check_shapes(f"selective_scan with x {x.shape}", shapes)
+    held = max(shared_bytes(length, size, x.dtype).values())
+    large = f"states of {size} entries take {held} bytes of shared memory, more than {ROOM}"
+    check_shapes(f"selective_scan with x {x.shape}", shapes, [large] if held > ROOM else [])
 
 
 def _run(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any, interpret: Any, *, keep: bool) -> Any:
