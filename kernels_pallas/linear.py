@@ -24,10 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, turned, whole_chunks
+from kernels_pallas.planes import Planes, exp, joined, pick, planes_of, plus, times, wide
 
 WIDTHS = (512, 256, 128)  # channels of a block, the first that divides them; all of them else
-
-Planes = tuple[Any, ...]  # (real,) or (real, imaginary)
 
 
 def reference(log_decay: jax.Array, drive: jax.Array, state: jax.Array, segment: jax.Array) -> Any:
@@ -74,37 +73,6 @@ def _width(channels: int) -> int:
     return next((width for width in WIDTHS if channels % width == 0), channels)
 
 
-def _planes(x: jax.Array) -> Planes:
-    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-
-
-def _whole(planes: Planes, like: Any) -> jax.Array:
-    return planes[0].astype(like) if len(planes) == 1 else jax.lax.complex(*planes).astype(like)
-
-
-def _wide(planes: Planes) -> Planes:
-    return tuple(x.astype(jnp.float32) for x in planes)
-
-
-def _times(a: Planes, b: Planes) -> Planes:
-    if len(a) == 1:
-        return (a[0] * b[0],)
-    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
-
-
-def _plus(a: Planes, b: Planes) -> Planes:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def _pick(chosen: Any, a: Planes, b: Any) -> Planes:
-    return tuple(jnp.where(chosen, x, y) for x, y in zip(a, b if isinstance(b, tuple) else (b,) * len(a), strict=True))
-
-
-def _exp(log: Planes) -> Planes:
-    size = jnp.exp(log[0])
-    return (size,) if len(log) == 1 else (size * jnp.cos(log[1]), size * jnp.sin(log[1]))
-
-
 def _roll(x: Planes, steps: int) -> Planes:
     return tuple(pltpu.roll(plane, steps % plane.shape[0], 0) for plane in x)
 
@@ -116,8 +84,8 @@ def _doubled(decay: Planes, drive: Planes, *, backward: bool = False) -> tuple[P
     step = 1
     while step < length:
         shift, within = (-step, row < length - step) if backward else (step, row >= step)
-        drive = _pick(within, _plus(drive, _times(decay, _roll(drive, shift))), drive)
-        decay = _pick(within, _times(decay, _roll(decay, shift)), decay)
+        drive = pick(within, plus(drive, times(decay, _roll(drive, shift))), drive)
+        decay = pick(within, times(decay, _roll(decay, shift)), decay)
         step *= 2
     return drive, decay
 
@@ -128,7 +96,7 @@ def _decays(log_decay: Planes, documents: Any) -> Planes:
     column = turned(documents)[:, :1]
     row = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
     before = jnp.where(row == 0, 0, pltpu.roll(column, 1, 0))
-    return _pick(jnp.broadcast_to(column == before, (length, width)), _exp(_wide(log_decay)), 0.0)
+    return pick(jnp.broadcast_to(column == before, (length, width)), exp(wide(log_decay)), 0.0)
 
 
 class _Blocks:
@@ -153,7 +121,7 @@ class _Blocks:
         return jax.ShapeDtypeStruct((self.batch, self.chunks, 1, self.channels), jnp.float32)
 
 
-def _check(log_decay: Any, drive: Any, state: Any, segment: Any) -> None:
+def check(log_decay: Any, drive: Any, state: Any, segment: Any) -> None:
     batch, length, channels = drive.shape
     shapes = {
         "log_decay": (log_decay.shape, (batch, length, channels)),
@@ -166,12 +134,12 @@ def _check(log_decay: Any, drive: Any, state: Any, segment: Any) -> None:
 
 
 def _forward(log_decay: Any, drive: Any, state: Any, segment: Any, chunk: int, interpret: Any) -> Any:
-    _check(log_decay, drive, state, segment)
+    check(log_decay, drive, state, segment)
     g, x = whole_chunks(chunk, log_decay, drive, axis=1)
     documents = documents_of(segment, chunk)
     blocks = _Blocks(x, chunk)
-    logs, drives = _planes(g), _planes(x)
-    initial = [plane[:, None].astype(jnp.float32) for plane in _planes(state)]
+    logs, drives = planes_of(g), planes_of(x)
+    initial = [plane[:, None].astype(jnp.float32) for plane in planes_of(state)]
     count = len(drives)
     found = pl.pallas_call(
         functools.partial(_forward_kernel, count),
@@ -190,8 +158,8 @@ def _forward(log_decay: Any, drive: Any, state: Any, segment: Any, chunk: int, i
     )(*logs, *drives, documents, *initial)
     out, after, states = found[:count], found[count : 2 * count], tuple(found[2 * count :])
     kind = jnp.complex64 if count == 2 else jnp.float32
-    out = _whole(tuple(out), drive.dtype)[:, : drive.shape[1]]
-    return (out, _whole(tuple(x[:, 0] for x in after), kind)), (log_decay, drive, state, segment, states)
+    out = joined(tuple(out), drive.dtype)[:, : drive.shape[1]]
+    return (out, joined(tuple(x[:, 0] for x in after), kind)), (log_decay, drive, state, segment, states)
 
 
 def _forward_kernel(count: int, *refs: Any) -> None:
@@ -206,8 +174,8 @@ def _forward_kernel(count: int, *refs: Any) -> None:
 
     state = tuple(ref[...] for ref in held)
     decay = _decays(tuple(ref[...] for ref in logs), documents[...])
-    whole, reach = _doubled(decay, _wide(tuple(ref[...] for ref in drives)))
-    hidden = _plus(whole, _times(reach, state))
+    whole, reach = _doubled(decay, wide(tuple(ref[...] for ref in drives)))
+    hidden = plus(whole, times(reach, state))
     for i in range(count):
         states[i][...] = state[i]
         out[i][...] = hidden[i].astype(out[i].dtype)
@@ -222,9 +190,9 @@ def _backward(chunk: int, interpret: Any, residuals: Any, gradients: Any) -> Any
     g, x, d_out = whole_chunks(chunk, log_decay, drive, d_out, axis=1)
     documents = documents_of(segment, chunk)
     blocks = _Blocks(x, chunk, backward=True)
-    planes = [_planes(part) for part in (g, x, d_out)]
+    planes = [planes_of(part) for part in (g, x, d_out)]
     count = len(planes[0])
-    ends = [plane[:, None].astype(jnp.float32) for plane in _planes(d_last)]
+    ends = [plane[:, None].astype(jnp.float32) for plane in planes_of(d_last)]
     found = pl.pallas_call(
         functools.partial(_backward_kernel, count),
         grid=blocks.grid,
@@ -243,9 +211,9 @@ def _backward(chunk: int, interpret: Any, residuals: Any, gradients: Any) -> Any
     )(*planes[0], *planes[1], *planes[2], documents, *states, *ends)  # fmt: skip
     d_log, d_drive, d_first = (tuple(found[i * count : (i + 1) * count]) for i in range(3))
     return (
-        _whole(d_log, log_decay.dtype)[:, :length],
-        _whole(d_drive, drive.dtype)[:, :length],
-        _whole(tuple(x[:, 0] for x in d_first), state.dtype),
+        joined(d_log, log_decay.dtype)[:, :length],
+        joined(d_drive, drive.dtype)[:, :length],
+        joined(tuple(x[:, 0] for x in d_first), state.dtype),
         None,
     )
 
@@ -263,18 +231,18 @@ def _backward_kernel(count: int, *refs: Any) -> None:
     read = lambda part: tuple(ref[...] for ref in part)
     decay = _decays(read(logs), documents[...])
     state, after = read(before), read(held)
-    whole, reach = _doubled(decay, _wide(read(drives)))
-    hidden = _plus(whole, _times(reach, state))
+    whole, reach = _doubled(decay, wide(read(drives)))
+    hidden = plus(whole, times(reach, state))
     row = jax.lax.broadcasted_iota(jnp.int32, hidden[0].shape, 0)
     one = tuple(jnp.full_like(x, i == 0) for i, x in enumerate(decay))  # 1, or 1 + 0i
-    following = _pick(row < hidden[0].shape[0] - 1, _roll(decay, -1), one)
-    inside, reach = _doubled(following, _wide(read(d_out)), backward=True)
-    gradient = _plus(inside, _times(reach, after))
-    earlier = _pick(
+    following = pick(row < hidden[0].shape[0] - 1, _roll(decay, -1), one)
+    inside, reach = _doubled(following, wide(read(d_out)), backward=True)
+    gradient = plus(inside, times(reach, after))
+    earlier = pick(
         row == 0, tuple(jnp.broadcast_to(x, h.shape) for x, h in zip(state, hidden, strict=True)), _roll(hidden, 1)
     )
-    of_log = _times(_times(gradient, decay), earlier)
-    flowing = _times(decay, gradient)
+    of_log = times(times(gradient, decay), earlier)
+    flowing = times(decay, gradient)
     for i in range(count):
         d_log[i][...] = of_log[i].astype(d_log[i].dtype)
         d_drive[i][...] = gradient[i].astype(d_drive[i].dtype)

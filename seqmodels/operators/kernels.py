@@ -17,7 +17,9 @@ from kernels_pallas.delta_keys import chunk_delta_keys
 from kernels_pallas.exponential import chunk_exponential
 from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
+from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
+from kernels_pallas.gpu import selective as gpu_selective
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
@@ -130,15 +132,18 @@ def diagonal(
     chunk: int | None,
     sequence_axis: str | None,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
-    """`diagonal_scan` by `linear_scan`. Raises ValueError where that cannot serve, and why."""
+    """`diagonal_scan` by `linear_scan` for TPUs or for GPUs. Raises ValueError where neither can serve, and why."""
     kind = jnp.result_type(log_decay, drive, jnp.float32)
     reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
-    _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_linear.STEPS)
     if state is None:
         state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
     arrays = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
     documents = _documents(segments, drive.shape[:2])
-    out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
+    if on_hopper():
+        out, state = gpu_linear.linear_scan(*arrays, state.astype(kind), documents, INTERPRET)
+    else:
+        out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
 
 
@@ -232,11 +237,14 @@ def selective(
         f"x, dt, b and c are bfloat16 or float32, not {told}": kinds - {jnp.dtype("bfloat16"), jnp.dtype("float32")},
         f"a is float32 at most, not {a.dtype}": jnp.promote_types(a.dtype, jnp.float32) != jnp.float32,
     }
-    _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_selective.STEPS)
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
     x, dt, b, c = (_empty(y, segments) for y in (x, dt, b, c))
     documents = _documents(segments, x.shape[:2])
     wide = (a.astype(jnp.float32), b, c, state.astype(jnp.float32))
-    y, state = selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
+    if on_hopper():
+        y, state = gpu_selective.selective_scan(x, dt, *wide, documents, interpret=INTERPRET)
+    else:
+        y, state = selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
     return _empty(y, segments), state

@@ -121,7 +121,7 @@ def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.Monk
         options["elapsed"] = jnp.abs(drive[:, :, 0]).at[0, 3].set(0)
     else:
         log_decay = poison(log_decay)
-    with pytest.raises(ValueError, match="the kernel is for TPUs, and this is made for cpu; use 'auto'"):
+    with pytest.raises(ValueError, match="for TPUs and Hopper GPUs, and this is made for cpu; use 'auto'"):
         diagonal_scan(log_decay, drive, method="pallas", **options)
     monkeypatch.setattr(kernels, "INTERPRET", True)
     run = lambda method: jax.jit(functools.partial(diagonal_scan, segments=segments, method=method, **options))(

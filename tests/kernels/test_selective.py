@@ -152,7 +152,7 @@ def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) ->
     poison = lambda y: jnp.where(segments.valid[..., None], y, jnp.nan)
     arrays = (poison(x), poison(dt), a, poison(b), poison(c), jnp.arange(6.0), state)
     scan = families.selective_scan
-    with pytest.raises(ValueError, match="the kernel is for TPUs, and this is made for cpu; use 'auto'"):
+    with pytest.raises(ValueError, match="for TPUs and Hopper GPUs, and this is made for cpu; use 'auto'"):
         scan(*arrays, method="pallas")
     monkeypatch.setattr(kernels, "INTERPRET", True)
     run = lambda method: jax.jit(functools.partial(scan, segments=segments, method=method))(*arrays)

@@ -171,5 +171,5 @@ def test_shapes_that_do_not_fit_are_shown() -> None:
         selective_scan(x, dt, a, b, c, jnp.ones(4))
     with pytest.raises(ValueError, match=r"state \[B, D, N\].*\(2, 4, 6\)"):
         selective_scan(x, dt, a, b, c, None, state.swapaxes(1, 2))
-    with pytest.raises(ValueError, match="the kernel is for TPUs, and this is made for cpu"):
+    with pytest.raises(ValueError, match="the kernel is for TPUs and Hopper GPUs, and this is made for cpu"):
         selective_scan(x, dt, a, b, c, method="pallas")
