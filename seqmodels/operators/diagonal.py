@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact
 
+from seqmodels import compat
 from seqmodels.operators import kernels
+from seqmodels.operators.diagonal_loop import diagonal_loop
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
+from seqmodels.scan.auto import choose
 from seqmodels.typing import Segments
 
 
@@ -88,9 +91,11 @@ def diagonal_scan(
 
     `log_decay` of `[D]` is fixed over time; `elapsed` [B, T] then scales it step by step (irregular samples; default
     1). Real parts must be <= 0. `segments` None: one document a row, which continues `state`. With `sequence_axis`,
-    inside `shard_map`, T is this device's span. Raises ValueError on shapes that do not fit.
+    inside `shard_map`, T is this device's span. On CPUs `auto` takes steps that are given one by one in a loop with a
+    gradient of its own, which forward-mode differentiation alone does not pass; `sequential` does. Raises ValueError on
+    shapes that do not fit.
     """
-    fixed = log_decay.ndim == 1
+    fixed, length = log_decay.ndim == 1, drive.shape[1]
     decay = log_decay
     if drive.ndim != 3 or log_decay.shape not in (drive.shape, drive.shape[2:]) or (elapsed is not None and not fixed):
         raise ValueError(
@@ -104,6 +109,9 @@ def diagonal_scan(
         if fixed:  # no time, no decay: 0 * -inf is NaN
             decay = jnp.where(decay[..., None] == 0, 0, decay[..., None] * log_decay[None, None])
         return kernels.diagonal(decay, drive, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
+    plain = method == "auto" and chunk is None and sequence_axis is None and not fixed and length > 4
+    if plain and choose(matmul_form=True, length=length, family="diagonal") == "sequential":
+        return _loop(decay, drive, state, segments)
     return run_family(
         "diagonal",
         diagonal_recurrence(log_decay if fixed else None),
@@ -114,6 +122,21 @@ def diagonal_scan(
         chunk=chunk,
         sequence_axis=sequence_axis,
     )
+
+
+def _loop(log_decay: Array, drive: Array, state: Array | None, segments: Segments | None) -> tuple[Array, Array]:
+    kind = jnp.result_type(log_decay, drive, jnp.float32, *(() if state is None else (state,)))
+    shape = (drive.shape[0], drive.shape[2])
+    state = jnp.zeros(shape, kind) if state is None else state.astype(kind)
+    if state.shape != shape:
+        raise ValueError(f"the state [B, D] of drive {drive.shape} is not {state.shape}")
+    arrays = [log_decay.astype(kind), drive.astype(kind)]
+    if segments is None:
+        out = diagonal_loop(*compat.vary_alike((*arrays, state)), None)
+        return out, out[:, -1]
+    seen = lambda x: jnp.where(segments.valid[..., None], x, 0)  # padding may be NaN
+    out = diagonal_loop(*compat.vary_alike((*map(seen, arrays), state)), segments.start)
+    return seen(out), out[:, -1]
 
 
 def since_last_reset(reset: Bool[Array, "C"]) -> Bool[Array, "C"]:

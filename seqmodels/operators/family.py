@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.scan import Recurrence, scan, sharded_scan
 from seqmodels.scan.auto import choose
+from seqmodels.scan.chunked import DEFAULT_CHUNK, TOKENS_AT_ONCE, scan_chunks, span
+from seqmodels.scan.recurrence import settle, take
 from seqmodels.typing import Segments
 
 METHODS = ("auto", "sequential", "associative", "chunked", "pallas")
+SPAN_BYTES = 2**25  # inputs that a CPU works on at once: what comes of them stays in its cache
 
 
 def check_method(method: str, chunk: int | None = None, *, also: tuple[str, ...] = ()) -> None:
@@ -69,6 +73,34 @@ def run_family(
             return sharded_scan(recurrence, inputs, state, axis_name=sequence_axis, **options)
         return scan(recurrence, inputs, state, **options)
 
-    mapped = row if heads is None else heads(row)
+    every = lambda row: jax.vmap(row if heads is None else heads(row))
     reset, valid = (None, None) if segments is None else segments
-    return jax.vmap(mapped)(inputs, state, reset, valid)
+    if method == "chunked" and recurrence.emit is not None and sequence_axis is None:
+        return _in_spans(recurrence, every, inputs, state, reset, valid, chunk or DEFAULT_CHUNK)
+    return every(row)(inputs, state, reset, valid)
+
+
+def _in_spans(
+    recurrence: Recurrence, every: Callable[..., Any], inputs: Any, state: Any, reset: Any, valid: Any, chunk: int
+) -> tuple[Any, Any]:
+    """`scan(method="chunked")` of all rows and heads, a span of tokens of all of them at a time.
+
+    A loop over spans inside of `jax.vmap` copies every array into another order first, and its spans fill the memory.
+    """
+    leaves = jax.tree.leaves((inputs, reset, valid))
+    length = leaves[0].shape[1]
+    tokens = TOKENS_AT_ONCE
+    if jax.default_backend() == "cpu":
+        tokens = min(tokens, SPAN_BYTES * length // sum(x.size * x.dtype.itemsize for x in leaves))
+    size = chunk * max(1, min(length, tokens) // chunk)
+
+    def first(inputs: Any, state: Any, reset: Any, valid: Any) -> tuple[Any, Any]:
+        return jnp.zeros(1), settle(recurrence, take(inputs, 0), state)[0]
+
+    def body(state: Any, xs: Any) -> tuple[Any, Any]:
+        run = lambda inputs, state, reset, valid: span(recurrence, inputs, state, reset, valid, chunk)
+        return every(run)(xs[0], state, *xs[1:])[::-1]
+
+    state = every(first)(inputs, state, reset, valid)[1]
+    state, outputs = scan_chunks(body, state, (inputs, reset, valid), length, size, axis=1)
+    return outputs, state
