@@ -1,6 +1,6 @@
-"""`python -m experiments.bench [scan|decode|compile|step|peers|kernels ...] [--quick] [--out FILE]`; where none is
-named all but `peers`, the comparison with transformers, which needs the extra `parity`, and `kernels`, the hot scans at
-the shapes of real models, which has a report of its own beside FILE.
+"""`python -m experiments.bench [scan|decode|compile|step|training|peers|kernels ...] [--quick] [--out FILE]`; the first
+four where none is named. `training` times steps of whole models, `peers` compares some with transformers, for which it
+needs the extra `parity`, and `kernels` are the hot scans at the shapes of real models, with a report beside FILE.
 
 Each implementation is checked against its oracle before it is timed. Rows are appended to FILE as JSON lines, each with
 the command, commit, versions and device.
@@ -8,9 +8,11 @@ the command, commit, versions and device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +21,7 @@ import tyro
 
 from experiments.command import guarded
 
-Name = Literal["scan", "decode", "compile", "step", "peers", "kernels"]
+Name = Literal["scan", "decode", "compile", "step", "training", "peers", "kernels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Part(NamedTuple):
 
 
 def parts(options: Options | None = None) -> dict[str, Part]:
-    from experiments.bench import kernels, models, peers, scans
+    from experiments.bench import kernels, kernels_report, models, peers, scans, training
 
     options = options or Options()
     given = {"shapes": options.shapes, "peer": options.peer, "dtype": options.dtype}
@@ -75,14 +77,17 @@ def parts(options: Options | None = None) -> dict[str, Part]:
         "decode": Part(models.decode_rows, models.decode_verdicts),
         "compile": Part(models.compile_rows, models.compile_verdicts),
         "step": Part(models.step_rows, models.step_verdicts),
+        "training": Part(training.rows, training.verdicts, training.cells),
         "peers": Part(peers.rows, peers.verdicts),
-        "kernels": Part(functools.partial(kernels.rows, **given), kernels.verdicts, kernels.cells),
+        "kernels": Part(functools.partial(kernels.rows, **given), kernels_report.verdicts, kernels_report.cells),
     }
 
 
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Options, prog="python -m experiments.bench", description=__doc__, args=arguments)
 
+    if "kernels" in options.what:
+        _a_device_a_core()
     from experiments.bench.measure import rates
     from seqmodels.train.run import environment
 
@@ -106,6 +111,14 @@ def main(arguments: Sequence[str]) -> None:
 
             print(f"written: {', '.join(map(str, write(options.out)))}")
     print(f"rows: {options.out}")
+
+
+def _a_device_a_core() -> None:
+    """Lets jax see every core of a CPU as a device, unless it has begun already."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def shown(cells: dict[str, str]) -> str:

@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.bench import by_hand
 from experiments.bench.case import Function, Row, over_heads
 from experiments.bench.measure import Compiled, Quartiles, Work, compiled, rates, side_by_side, verify
 from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
+from seqmodels.operators.kernels import on_hopper
 from seqmodels.typing import Segments
 
 # relative to an array's largest entry; bfloat16 rounds to 2^-9, and sums of rounded products add up
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
-STATES = 4e9  # bytes of states that an associative scan may hold at once: with its copies several times that
+STATES = 2e9  # bytes of elements that an associative scan may hold at once: with its copies several times that
 
 
 class Shape(NamedTuple):
@@ -171,15 +173,15 @@ def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: dict[st
     notes: dict[str, str] = {}
     for name, function in _functions(family, shape, segments).items():
         try:
-            both = _with_gradients(function, len(inputs))
-            programs[name] = compiled(function, *inputs), compiled(both, *inputs, weights)
+            both, given = _with_gradients(function, len(inputs)), _placed(name, inputs, weights)
+            programs[name] = compiled(function, *given[:-1]), compiled(both, *given)
         except ValueError as error:  # a named backend that cannot serve says why
             notes[name] = str(error)
             continue
-        results = programs[name][0].run(*inputs), programs[name][1].run(*inputs, weights)
+        results = programs[name][0].run(*given[:-1]), programs[name][1].run(*given)
         errors[name] = _verified(f"{family.name} {shape}, {name}", family, shape, results, exact, TOLERANCE[kind])
-        runs[f"{name}/forward"] = functools.partial(programs[name][0].run, *inputs)
-        runs[f"{name}/both"] = functools.partial(programs[name][1].run, *inputs, weights)
+        runs[f"{name}/forward"] = functools.partial(programs[name][0].run, *given[:-1])
+        runs[f"{name}/both"] = functools.partial(programs[name][1].run, *given)
         del results
     for name, make in peers.items():
         forward, both, results = make(inputs, weights, np.append(shape.starts(), shape.length))
@@ -198,12 +200,30 @@ def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: dict[st
 def _functions(family: Family, shape: Shape, segments: Segments | None) -> dict[str, Function]:
     ours = lambda method: lambda *x: family.ours(*x, method=method, segments=segments)
     found = {f"XLA {method}": ours(method) for method in family.methods}
-    if jax.default_backend() == "tpu" and family.name.startswith(("outer", "diagonal")):
+    if jax.default_backend() == "tpu" or on_hopper():
         found = {"Pallas": ours("pallas"), **found}
-    states = 4.0 * shape.batch * shape.length * shape.heads * shape.size * (shape.size if family.products else 1)
-    if family.associative is not None and states <= STATES and segments is None:
+    cores = jax.device_count() if jax.default_backend() == "cpu" and segments is None else 1
+    if family.products and cores > 1 and shape.heads % cores == 0:
+        found[PER_CORE] = jax.shard_map(ours("chunked"), mesh=_mesh(), in_specs=HEADS, out_specs=HEADS)
+    elements = 4.0 * shape.batch * shape.length * shape.heads * shape.size * (shape.size if family.products else 2)
+    if family.associative is not None and elements <= STATES and segments is None:
         found["associative_scan"] = family.associative
     return found
+
+
+# XLA multiplies small matrices of a batch one after the other, on one core: a device a core leaves none without work.
+PER_CORE = "XLA chunked, a device a core"
+HEADS = PartitionSpec(None, None, "heads")
+
+
+def _mesh() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("heads",), axis_types=(AxisType.Auto,))
+
+
+def _placed(name: str, inputs: Sequence[jax.Array], weights: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays where an implementation takes them from."""
+    given = (*inputs, weights)
+    return jax.device_put(given, NamedSharding(_mesh(), HEADS)) if name == PER_CORE else given
 
 
 def _with_gradients(function: Function, count: int) -> Function:
@@ -270,37 +290,3 @@ def _row(
         "seconds": {"forward": forward._asdict(), "forward_backward": both._asdict()},
         "error": error, "peak_bytes": peak, "product_rate": machine.product,
     }  # fmt: skip
-
-
-def cells(row: Row) -> dict[str, str]:
-    """A row of the table."""
-    number = lambda name, form: form.format(row[name]) if row.get(name) is not None else ""
-    both = lambda name, form: " / ".join(form.format(x) for x in row[name]) if name in row else ""
-    return {
-        "family": row["family"], "shape": row["shape"], "implementation": row["implementation"],
-        "ms": number("ms_forward", "{:.3g}"), "ms with gradients": number("ms_forward_backward", "{:.3g}"),
-        "TFLOP/s": both("tflops", "{:.3g}"), "GB/s": both("gb_per_s", "{:.3g}"),
-        "floor ms": number("floor_ms", "{:.3g}"), "times the floor": number("ratio", "{:.2f}"),
-        "with gradients": number("ratio_forward_backward", "{:.2f}"),
-        "peak MB": f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else "",
-        "error": number("error", "{:.0e}"), "note": row.get("note", ""),
-    }  # fmt: skip
-
-
-def verdicts(found: list[Row]) -> Iterator[str]:
-    """The part of the floor's rate that the best of ours reaches, and against the others."""
-    timed = [row for row in found if "note" not in row]
-    for family, shape in dict.fromkeys((row["family"], row["shape"]) for row in timed):
-        here = [row for row in timed if (row["family"], row["shape"]) == (family, shape)]
-        ours = [row for row in here if row["implementation"].startswith(("XLA", "Pallas"))]
-        best = min(ours, key=lambda row: row["ms_forward_backward"])
-        shares = f"{1 / best['ratio']:.0%} forward, {1 / best['ratio_forward_backward']:.0%} with gradients"
-        told = [
-            f"{row['ms_forward'] / best['ms_forward']:.1f} and "
-            f"{row['ms_forward_backward'] / best['ms_forward_backward']:.1f} times as fast as {row['implementation']}"
-            for row in here
-            if row is not best
-        ]
-        yield f"{family}, {shape}: {best['implementation']} reaches {shares} of the floor's rate" + "".join(
-            f"; {part}" for part in told
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ Row = dict[str, Any]
 def write(path: Path) -> list[Path]:
     """From the rows in `path`, the latest of each kind: `path` with the suffixes .md and .png."""
     from experiments.bench.__main__ import table
-    from experiments.bench.kernels import verdicts
 
     rows = latest([json.loads(line) for line in path.read_text().splitlines()])
     origins = dict.fromkeys(origin(row) for row in rows if "note" not in row)
@@ -73,3 +73,37 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row of the table."""
+    number = lambda name, form: form.format(row[name]) if row.get(name) is not None else ""
+    both = lambda name, form: " / ".join(form.format(x) for x in row[name]) if name in row else ""
+    return {
+        "family": row["family"], "shape": row["shape"], "implementation": row["implementation"],
+        "ms": number("ms_forward", "{:.3g}"), "ms with gradients": number("ms_forward_backward", "{:.3g}"),
+        "TFLOP/s": both("tflops", "{:.3g}"), "GB/s": both("gb_per_s", "{:.3g}"),
+        "floor ms": number("floor_ms", "{:.3g}"), "times the floor": number("ratio", "{:.2f}"),
+        "with gradients": number("ratio_forward_backward", "{:.2f}"),
+        "peak MB": f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else "",
+        "error": number("error", "{:.0e}"), "note": row.get("note", ""),
+    }  # fmt: skip
+
+
+def verdicts(found: list[Row]) -> Iterator[str]:
+    """The part of the floor's rate that the best of ours reaches, and against the others."""
+    timed = [row for row in found if "note" not in row]
+    for family, shape in dict.fromkeys((row["family"], row["shape"]) for row in timed):
+        here = [row for row in timed if (row["family"], row["shape"]) == (family, shape)]
+        ours = [row for row in here if row["implementation"].startswith(("XLA", "Pallas"))]
+        best = min(ours, key=lambda row: row["ms_forward_backward"])
+        shares = f"{1 / best['ratio']:.0%} forward, {1 / best['ratio_forward_backward']:.0%} with gradients"
+        told = [
+            f"{row['ms_forward'] / best['ms_forward']:.1f} and "
+            f"{row['ms_forward_backward'] / best['ms_forward_backward']:.1f} times as fast as {row['implementation']}"
+            for row in here
+            if row is not best
+        ]
+        yield f"{family}, {shape}: {best['implementation']} reaches {shares} of the floor's rate" + "".join(
+            f"; {part}" for part in told
+        )
