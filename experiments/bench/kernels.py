@@ -23,6 +23,7 @@ from seqmodels.typing import Segments
 # relative to an array's largest entry; bfloat16 rounds to 2^-9, and sums of rounded products add up
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 STATES = 2e9  # bytes of elements that an associative scan may hold at once: with its copies several times that
+SLOW = 1e7  # entries that the chunk form of a recurrence without products takes a minute for on a CPU
 
 
 class Shape(NamedTuple):
@@ -123,7 +124,8 @@ _head = lambda x, number: x[:, 0]
 FAMILIES = (
     Family("outer, a decay per head", MATRICES, _scalar, _outer, by_hand.outer, _head, 4, _associative, products=2),
     Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o)[0],
-           _diagonal_loop, lambda x, number: x[:, :8], 2, by_hand.associative_diagonal, ("auto", "chunked")),
+           _diagonal_loop, lambda x, number: x[:, :8], 2, by_hand.associative_diagonal,
+           ("auto", "sequential", "chunked")),
     Family("outer, a decay per key", MATRICES, _keys, _outer, by_hand.outer, _head, 4, _associative, products=2),
     Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], by_hand.delta, _head, 5,
            products=3),
@@ -199,7 +201,9 @@ def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: dict[st
 
 def _functions(family: Family, shape: Shape, segments: Segments | None) -> dict[str, Function]:
     ours = lambda method: lambda *x: family.ours(*x, method=method, segments=segments)
-    found = {f"XLA {method}": ours(method) for method in family.methods}
+    large = jax.default_backend() == "cpu" and shape.batch * shape.length * shape.size > SLOW and not family.products
+    methods = [method for method in family.methods if method != "chunked" or not large]
+    found = {f"XLA {method}": ours(method) for method in methods}
     if jax.default_backend() == "tpu" or on_hopper():
         found = {"Pallas": ours("pallas"), **found}
     cores = jax.device_count() if jax.default_backend() == "cpu" and segments is None else 1

@@ -38,7 +38,7 @@ def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["family"], row["implementation"]) for row in rows] == [
         ("outer, a decay per head", "XLA chunked"),
-        *(("diagonal", name) for name in ("XLA auto", "XLA chunked", "associative_scan")),
+        *(("diagonal", name) for name in ("XLA auto", "XLA sequential", "XLA chunked", "associative_scan")),
     ]
     for row in rows:
         assert all(row[key] is not None for key in KEYS)
