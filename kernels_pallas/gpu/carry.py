@@ -153,7 +153,7 @@ class Program:
             kept = by_rows(read(refs.kepts.at[slot, self.parts[i]], DOWN), BLOCK)
             return kept * state[i] + added[...]
 
-        out = pl.run_scoped(product, accumulator(CHUNK, BLOCK)) if kind.out else None
+        out: Any = pl.run_scoped(product, accumulator(CHUNK, BLOCK)) if kind.out else None
         update = lambda i: pl.run_scoped(functools.partial(updated, i), accumulator(self.rows, BLOCK))
         state = tuple(update(i) for i in range(len(self.parts)))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what this chunk and the one before put out

@@ -53,7 +53,7 @@ def chunk_outer_keys(
     save_states: bool = False,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`kernels_pallas.outer_keys.chunk_outer_keys` for bfloat16 and heads of 64, 128 or 256: the same arrays and results.
+    """`kernels_pallas.outer_keys.chunk_outer_keys` for bfloat16 and heads of 64, 128 or 256: same arrays, same results.
 
     Chunks are of 64 steps; `save_states` keeps the states before them, in bfloat16, for the gradients. The kernel reads
     [B, T, H, K]; the transposes here and those of a caller with that order cancel under `jit`. `interpret`: as
@@ -95,8 +95,8 @@ def run(save_states: bool, interpret: Any, *arrays: jax.Array) -> tuple[jax.Arra
 def _whole(log_decay: jax.Array, segment: jax.Array, *arrays: jax.Array) -> tuple[Any, list[jax.Array]]:
     """Gates and arrays up to whole chunks; steps that are added belong to the last document, and change nothing."""
     segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % CHUNK)), mode="edge")
-    log_decay, *arrays = whole_chunks(CHUNK, log_decay, *arrays, axis=1)
-    return gates_of(log_decay, segment), arrays
+    log_decay, *padded = whole_chunks(CHUNK, log_decay, *arrays, axis=1)
+    return gates_of(log_decay, segment), padded
 
 
 def _forward(save_states: bool, interpret: Any, *arrays: Any) -> Any:

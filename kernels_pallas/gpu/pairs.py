@@ -12,8 +12,7 @@ factors, added up in float32: nothing is taken away from anything, and no array 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +26,7 @@ from kernels_pallas.gpu.common import (
     ALONG,
     BLOCK,
     CHUNK,
+    TILE,
     accumulator,
     by_columns,
     by_rows,
@@ -38,7 +38,8 @@ from kernels_pallas.gpu.common import (
     turned,
 )
 
-LEVELS = (1, 2, 4, 8, 16, 32)  # steps of a block, of a pair of blocks half
+LEVELS = (1, 2, 4, 8, 16, 32)  # steps of a block, half of a pair
+WIDE = 128  # columns of keys that are weighed at once
 
 
 def weighed(interpret: Any, query: Any, key: Any, high: Any, low: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -62,7 +63,8 @@ def weighed(interpret: Any, query: Any, key: Any, high: Any, low: Any) -> tuple[
 
 def scratch_of_weighed(size: int) -> dict[str, Any]:
     inputs = {name: tile(CHUNK, size) for name in ("query", "key", "high", "low")}
-    return {**inputs, "span": tile(CHUNK, CHUNK), "work": tile(CHUNK, BLOCK), "arrived": plgpu.Barrier(num_arrivals=4)}
+    work = tile(CHUNK, min(size, WIDE))
+    return {**inputs, "span": tile(CHUNK, CHUNK), "work": work, "arrived": plgpu.Barrier(num_arrivals=4)}
 
 
 def _steps(refs: Any, heads: int) -> Callable[[Any], Any]:
@@ -77,7 +79,8 @@ def _weigh(refs: Any, heads: int) -> None:
     for name in ("query", "key", "high", "low"):
         plgpu.copy_gmem_to_smem(steps(getattr(refs, f"far_{name}")), getattr(refs, name), refs.arrived)
     plgpu.barrier_wait(refs.arrived)
-    blocks = [pl.ds(i, BLOCK) for i in range(0, refs.query.shape[1], BLOCK)]
+    width = refs.work.shape[1]
+    blocks = [pl.ds(i, width) for i in range(0, refs.query.shape[1], width)]
     down, along = places()
 
     def product(sums: Any) -> Any:
@@ -100,9 +103,9 @@ def _weigh(refs: Any, heads: int) -> None:
             near[:, block] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(near, steps(far))
-    refs.work[...] = scores.astype(jnp.bfloat16)
+    refs.span[...] = scores.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(refs.work, refs.scores.at[row, head, chunk])
+    plgpu.copy_smem_to_gmem(refs.span, refs.scores.at[row, head, chunk])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -112,9 +115,9 @@ def _paired(size: int) -> Any:
     return (down ^ along >= size) & (down ^ along < 2 * size)
 
 
-def _late(size: int) -> Any:
+def _late(size: int, columns: int = CHUNK) -> Any:
     """Where the step of a row is in the later block of its pair."""
-    return places()[0] & size != 0
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), 0, layout=TILE) & size != 0
 
 
 def _span(size: int) -> Any:
@@ -136,13 +139,13 @@ def _sums(refs: Any, block: Any) -> Any:
         plgpu.wgmma(sums, refs.span, refs.low.at[:, block])
         return sums[...]
 
-    return pl.run_scoped(product, accumulator(CHUNK, BLOCK))
+    return pl.run_scoped(product, accumulator(CHUNK, block.size))
 
 
 def _write_level(refs: Any, size: int, block: Any) -> Any:
     """Writes W of a level; returns the exponentials."""
     decay = jnp.exp(_sums(refs, block))
-    values = jnp.where(_late(size), read(refs.query.at[:, block]), read(refs.key.at[:, block]))
+    values = jnp.where(_late(size, block.size), read(refs.query.at[:, block]), read(refs.key.at[:, block]))
     refs.work[...] = (decay * values).astype(jnp.bfloat16)
     plgpu.commit_smem()
     return decay

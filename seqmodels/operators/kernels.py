@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Inexact
 from kernels_pallas.chunks import CHUNK
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import outer as gpu_outer
+from kernels_pallas.gpu import outer_keys as gpu_outer_keys
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
@@ -79,10 +80,10 @@ def outer(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way.
 
-    A decay per head has a `chunk_outer` for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
+    Both are there for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
     """
     per_key = log_decay is not None and log_decay.ndim == 4
-    own = on_hopper() and not per_key
+    own = on_hopper()
     narrow = gpu_outer.refused(query, key, value) if own else None
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
@@ -92,8 +93,7 @@ def outer(
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
         f"{narrow}": narrow is not None,
     }
-    hopper = None if per_key else gpu.CHUNK
-    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
+    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     batch, length, heads, size = value.shape
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
@@ -103,7 +103,9 @@ def outer(
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, (batch, length))
     arrays = (q, k, v, g, state.astype(jnp.float32), documents)
-    if own:
+    if own and per_key:
+        out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET)
+    elif own:
         out, state = gpu_outer.chunk_outer(*arrays, INTERPRET)
     else:
         run = chunk_outer_keys if per_key else chunk_outer
