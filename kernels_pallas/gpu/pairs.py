@@ -67,15 +67,14 @@ def scratch_of_weighed(size: int) -> dict[str, Any]:
     return {**inputs, "span": tile(CHUNK, CHUNK), "work": work, "arrived": plgpu.Barrier(num_arrivals=4)}
 
 
-def _steps(refs: Any, heads: int) -> Callable[[Any], Any]:
-    """Of an array [B, T, G, ..] the steps of this program's chunk."""
-    row, head, chunk = (lax.axis_index(name) for name in ("row", "head", "chunk"))
+def _steps(row: Any, head: Any, chunk: Any, heads: int) -> Callable[[Any], Any]:
+    """Of an array [B, T, G, ..] the steps of a chunk, of the group of a head."""
     return lambda x: x.at[row, pl.ds(chunk * CHUNK, CHUNK), lax.div(head, heads // x.shape[2])]
 
 
 def _weigh(refs: Any, heads: int) -> None:
     row, head, chunk = (lax.axis_index(name) for name in ("row", "head", "chunk"))
-    steps = _steps(refs, heads)
+    steps = _steps(row, head, chunk, heads)
     for name in ("query", "key", "high", "low"):
         plgpu.copy_gmem_to_smem(steps(getattr(refs, f"far_{name}")), getattr(refs, name), refs.arrived)
     plgpu.barrier_wait(refs.arrived)
@@ -196,7 +195,7 @@ def _differentiate(refs: Any, heads: int) -> None:
     count = refs.d_query.shape[3] // BLOCK
     chunk, block = lax.div(part, count), lax.rem(part, count) * BLOCK
     columns = pl.ds(block, BLOCK)
-    steps = lambda x: x.at[row, pl.ds(chunk * CHUNK, CHUNK), lax.div(head, heads // x.shape[2])]
+    steps = _steps(row, head, chunk, heads)
     bring = lambda name, source: plgpu.copy_gmem_to_smem(source, getattr(refs, name), refs.arrived)
     for name in ("query", "key", "high", "low"):
         bring(name, steps(getattr(refs, f"far_{name}")).at[:, columns])
@@ -252,7 +251,7 @@ def _differentiate(refs: Any, heads: int) -> None:
     _write_span(refs, down > along)
     refs.high, refs.low = to_state
     sums = sums + _sums(refs, whole)
-    refs.d_decay[row, pl.ds(chunk * CHUNK, CHUNK), head, columns] = sums
+    steps(refs.d_decay).at[:, columns][...] = sums
     for name, values in (("query", of_query), ("key", of_key)):
         getattr(refs, name)[...] = values.astype(jnp.bfloat16)
     plgpu.commit_smem()
