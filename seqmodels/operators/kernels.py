@@ -19,6 +19,7 @@ from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
+from kernels_pallas.gpu import outer_keys as gpu_outer_keys
 from kernels_pallas.gpu import selective as gpu_selective
 from kernels_pallas.linear import linear_scan
 from kernels_pallas.outer import chunk_outer
@@ -89,11 +90,10 @@ def outer(
     """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way, and where
     there is a bonus: a decay of heads is then that of all their keys.
 
-    A decay per head has a `chunk_outer` for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
+    Both are there for Hopper GPUs too, without a bonus. Raises ValueError where they cannot serve, and why.
     """
     per_key = log_decay is not None and log_decay.ndim == 4
-    headwise = bonus is None and not per_key
-    own = on_hopper() and headwise
+    own = on_hopper() and bonus is None
     narrow = gpu_outer.refused(query, key, value) if own else None
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
@@ -102,7 +102,7 @@ def outer(
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
         f"{narrow}": narrow is not None,
     }
-    hopper = gpu.CHUNK if headwise else None
+    hopper = gpu.CHUNK if bonus is None else None
     _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
     batch, length, heads, size = value.shape
     if log_decay is None:
@@ -115,7 +115,9 @@ def outer(
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, (batch, length))
     arrays = (q, k, v, g, state.astype(jnp.float32), documents)
-    if own:
+    if own and per_key:
+        out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET)
+    elif own:
         out, state = gpu_outer.chunk_outer(*arrays, INTERPRET)
     else:
         run = functools.partial(chunk_outer_keys, bonus=bonus) if log_decay.ndim == 4 else chunk_outer

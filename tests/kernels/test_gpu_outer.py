@@ -166,11 +166,11 @@ def test_errors_say_what_the_kernel_takes() -> None:
         jax.eval_shape(chunk_outer, *arrays[:3], jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.float32), *arrays[4:])
 
 
-def called(dtype: Any = jnp.bfloat16, size: int = 64, *, per_key: bool = False) -> list[Any]:
+def called(dtype: Any = jnp.bfloat16, size: int = 64) -> list[Any]:
     """The arguments of a family's call."""
     query, key, value, log_decay, *_ = inputs(20, 64, 64, batch=2, groups=1, heads=2)
     query, key, value = (x[..., :size].astype(dtype) for x in (query, key, value))
-    return [jnp.swapaxes(x, 1, 2) for x in (query, key, value, value * 0 if per_key else log_decay)]
+    return [jnp.swapaxes(x, 1, 2) for x in (query, key, value, log_decay)]
 
 
 @interpreted
@@ -199,7 +199,6 @@ def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
         (H100, shaped(jnp.float32), {}, "takes bfloat16 and heads of 64, 128, 256, but query is float32"),
         (H100, shaped(size=32), {}, "but that of keys is 32 and that of values is 32"),
         (H100, shaped(), {"chunk": 128}, "chunks are of 64 steps, not 128"),
-        (H100, shaped(per_key=True), {}, "the kernel is for TPUs, and this is made for NVIDIA H100"),
         (A100, shaped(), {}, "for TPUs and Hopper GPUs, and this is made for NVIDIA A100"),
     ]
     for mesh, arrays, changes, told in refused:

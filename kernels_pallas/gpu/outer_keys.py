@@ -1,0 +1,136 @@
+"""`chunk_outer_keys` for GPUs: S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T, read as o_t = q_t^T S_t.
+
+The equations of a chunk stand in `kernels_pallas/outer_keys.py`. With P the scores of a chunk, X the queries decayed
+from its start, Y the keys decayed to its end and b the decay over it,
+
+    O = P V + X S         S' = Diag(b) S + Y^T V          dV = P^T dO + Y dS'         dS = Diag(b) dS' + X^T dO
+
+so what has to go from chunk to chunk knows no exponentials. Programs:
+
+    weighed        P, X, Y of a chunk                     each chunk by itself (`pairs.py`)
+    out            O and S'                               a walk over chunks (`carry.py`)
+    weighed        again, for the gradients
+    states         S before every chunk                   a walk, unless `save_states`
+    d_value        dV and dS, and dS' after every chunk   a walk back
+    gradients      dQ, dK, dg of a chunk, from S, dS'     each chunk by itself
+
+Log decays come in two bfloat16 whose sum has 16 of their bits, since sums of them are products. A document starts with
+a decay of exp(-128) = 0, which stands for exp(-inf) too: gates are all there is to mask.
+
+On paper, for it has not run on a GPU: exponentials, 8 an entry of queries or keys, are worked out once a chunk, by all
+processors at a time, and not by every walk and every block of values, of which a batch of few heads has few. That costs
+a write of X and Y, as large as queries and keys, which are not read again in their place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.chunks import whole_chunks
+from kernels_pallas.gpu import carry, pairs
+from kernels_pallas.gpu.common import CHUNK, LOWEST, shared_bytes, starts_of
+from kernels_pallas.gpu.outer import refused
+from kernels_pallas.outer import check
+
+OUT = carry.Carry("out", out=True, last=True)
+SAVED = OUT._replace(keep=True)
+STATES = carry.Carry("states", keep=True)
+D_VALUE = carry.Carry("d_value", backward=True, out=True, last=True, keep=True)
+
+
+def chunk_outer_keys(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    segment: jax.Array,
+    save_states: bool = False,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`kernels_pallas.outer_keys.chunk_outer_keys` for bfloat16 and heads of 64, 128 or 256: same arrays, same results.
+
+    Chunks are of 64 steps; `save_states` keeps the states before them, in bfloat16, for the gradients. The kernel reads
+    [B, T, H, K]; the transposes here and those of a caller with that order cancel under `jit`. `interpret`: as
+    `common.launch` takes it. Raises ValueError on shapes that do not fit, and on types and sizes that it does not take.
+    """
+    decays = (*value.shape[:3], query.shape[3])
+    check("chunk_outer_keys", query, key, value, log_decay, state, segment, decays)
+    if told := refused(query, key, value):
+        raise ValueError(f"chunk_outer_keys: {told}")
+    q, k, v, g = (jnp.swapaxes(x, 1, 2) for x in (query, key, value, log_decay))
+    out, state = run(save_states, interpret, q, k, v, g, state, segment)
+    return jnp.swapaxes(out, 1, 2), state
+
+
+def shared_memory(key_size: int, value_size: int) -> dict[str, int]:
+    """Bytes of shared memory that a program of each kind has."""
+    programs = {kind.name: carry.scratch_of(kind, key_size) for kind in (OUT, STATES, D_VALUE)}
+    programs["weighed"] = pairs.scratch_of_weighed(key_size)
+    programs["gradients"] = pairs.scratch_of_gradients(value_size)
+    return {name: shared_bytes(scratch.values()) for name, scratch in programs.items()}
+
+
+def gates_of(log_decay: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log decays [B, T, H, K] of whole chunks as two bfloat16, and the decay over each chunk [B, H, N, K]."""
+    g = jnp.maximum(log_decay.astype(jnp.float32), LOWEST)
+    g = jnp.where(starts_of(segment)[:, :, None, None], LOWEST, g)
+    high = lax.reduce_precision(g, 8, 7)  # a conversion there and back may be left out by the compiler
+    total = jnp.sum(g.reshape(g.shape[0], -1, CHUNK, *g.shape[2:]), axis=2)
+    narrow = lambda x: x.astype(jnp.bfloat16)
+    return narrow(high), narrow(g - high), jnp.moveaxis(jnp.exp(total), 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run(save_states: bool, interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The arrays of `chunk_outer_keys`, checked, with steps before heads."""
+    return _forward(save_states, interpret, *arrays)[0]
+
+
+def _whole(log_decay: jax.Array, segment: jax.Array, *arrays: jax.Array) -> tuple[Any, list[jax.Array]]:
+    """Gates and arrays up to whole chunks; steps that are added belong to the last document, and change nothing."""
+    segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % CHUNK)), mode="edge")
+    log_decay, *padded = whole_chunks(CHUNK, log_decay, *arrays, axis=1)
+    return gates_of(log_decay, segment), padded
+
+
+def _forward(save_states: bool, interpret: Any, *arrays: Any) -> Any:
+    query, key, value, log_decay, state, segment = arrays
+    (high, low, kept), (q, k, v) = _whole(log_decay, segment, query, key, value)
+    scores, late, early = pairs.weighed(interpret, q, k, high, low)
+    kind = SAVED if save_states else OUT
+    found = carry.carry(kind, interpret, v, early, kept, state.astype(jnp.float32), x=late, scores=scores)
+    return (found["out"][:, : value.shape[1]], found["last"]), (*arrays, found.get("states"))
+
+
+def _backward(save_states: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
+    query, key, value, log_decay, state, segment, states = residuals
+    d_out, d_last = gradients
+    length, groups = query.shape[1:3]
+    (high, low, kept), (q, k, v, do) = _whole(log_decay, segment, query, key, value, d_out)
+    scores, late, early = pairs.weighed(interpret, q, k, high, low)
+    if states is None:
+        states = carry.carry(STATES, interpret, v, early, kept, state.astype(jnp.float32))["states"]
+    of_value = carry.carry(D_VALUE, interpret, do, late, kept, d_last, x=early, scores=scores)
+    dq, dk, dg = pairs.gradients(interpret, q, k, v, do, high, low, states, of_value["states"], kept)
+
+    def over_heads(x: jax.Array) -> jax.Array:
+        parts = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
+        return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)[:, :length]
+
+    return (
+        over_heads(dq),
+        over_heads(dk),
+        of_value["out"][:, :length],
+        jnp.where(starts_of(segment)[:, :, None, None], 0, dg[:, :length]).astype(log_decay.dtype),
+        of_value["last"].astype(state.dtype),
+        None,
+    )
+
+
+run.defvjp(_forward, _backward)

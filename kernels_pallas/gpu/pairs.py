@@ -1,0 +1,268 @@
+"""What a chunk of `chunk_outer_keys` needs without the states of other chunks: scores, weighted keys, gradients.
+
+Steps are paired in blocks of 1, 2, 4 .. 32. At a level, a step of the later block of a pair has the sum R of its decays
+from its block's start, one of the earlier block the sum E to its block's end: never both. So a level has one array
+
+    W = exp(D (high + low)) * (late ? Q : K)        D 0 or 1: the steps that R or E sums; log decays in two bfloat16
+
+with one exponential an entry, and all it has to do is a product with W: W W^T has the scores late by early, and
+(dP W)_i, dP symmetric, is the query's part where i is late, else the key's. Sums of decays are products too, of exact
+factors, added up in float32: nothing is taken away from anything, and no array but W is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.gpu.common import (
+    ALONG,
+    BLOCK,
+    CHUNK,
+    TILE,
+    accumulator,
+    by_columns,
+    by_rows,
+    launch,
+    numbers,
+    places,
+    read,
+    tile,
+    turned,
+)
+
+LEVELS = (1, 2, 4, 8, 16, 32)  # steps of a block, half of a pair
+WIDE = 128  # columns of keys that are weighed at once
+
+
+def weighed(interpret: Any, query: Any, key: Any, high: Any, low: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of queries and keys [B, T, G, K] and log decays [B, T, H, K], T = N * CHUNK, in bfloat16: the scores
+    [B, H, N, CHUNK, CHUNK], queries decayed from their chunk's start, and keys to its end [B, T, H, K].
+    """
+    batch, length, heads, size = high.shape
+    chunks = length // CHUNK
+    wide = jax.ShapeDtypeStruct(high.shape, jnp.bfloat16)
+    outputs = [jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, CHUNK), jnp.bfloat16), wide, wide]
+    scratch = scratch_of_weighed(size)
+    names = ["far_query", "far_key", "far_high", "far_low", "scores", "late", "early", *scratch]
+
+    def kernel(*refs: Any) -> None:
+        _weigh(SimpleNamespace(**dict(zip(names, refs, strict=True))), heads)
+
+    grid = {"head": heads, "chunk": chunks, "row": batch}
+    run = launch(kernel, "chunk_outer_keys_weighed", grid, outputs, list(scratch.values()), interpret)
+    return run(query, key, high, low)
+
+
+def scratch_of_weighed(size: int) -> dict[str, Any]:
+    inputs = {name: tile(CHUNK, size) for name in ("query", "key", "high", "low")}
+    work = tile(CHUNK, min(size, WIDE))
+    return {**inputs, "span": tile(CHUNK, CHUNK), "work": work, "arrived": plgpu.Barrier(num_arrivals=4)}
+
+
+def _steps(row: Any, head: Any, chunk: Any, heads: int) -> Callable[[Any], Any]:
+    """Of an array [B, T, G, ..] the steps of a chunk, of the group of a head."""
+    return lambda x: x.at[row, pl.ds(chunk * CHUNK, CHUNK), lax.div(head, heads // x.shape[2])]
+
+
+def _weigh(refs: Any, heads: int) -> None:
+    row, head, chunk = (lax.axis_index(name) for name in ("row", "head", "chunk"))
+    steps = _steps(row, head, chunk, heads)
+    for name in ("query", "key", "high", "low"):
+        plgpu.copy_gmem_to_smem(steps(getattr(refs, f"far_{name}")), getattr(refs, name), refs.arrived)
+    plgpu.barrier_wait(refs.arrived)
+    width = refs.work.shape[1]
+    blocks = [pl.ds(i, width) for i in range(0, refs.query.shape[1], width)]
+    down, along = places()
+
+    def product(sums: Any) -> Any:
+        plgpu.wgmma(sums, refs.work, turned(refs.work))
+        return sums[...]
+
+    own = sum(read(refs.query.at[:, b]) * read(refs.key.at[:, b]) for b in blocks)
+    scores = jnp.where(down == along, by_rows(jnp.sum(own, axis=1), CHUNK), 0.0)
+    for size in LEVELS:
+        _write_span(refs, _span(size))
+        added = 0.0
+        for block in blocks:
+            _write_level(refs, size, block)
+            added = added + pl.run_scoped(product, accumulator(CHUNK, CHUNK))
+        scores = jnp.where(_paired(size) & (down > along), added, scores)
+    for reached, near, far in ((down >= along, refs.query, refs.late), (down < along, refs.key, refs.early)):
+        _write_span(refs, reached)
+        for block in blocks:
+            values = jnp.exp(_sums(refs, block)) * read(near.at[:, block])
+            near[:, block] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(near, steps(far))
+    refs.span[...] = scores.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs.span, refs.scores.at[row, head, chunk])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _paired(size: int) -> Any:
+    """Where two steps are in the two blocks of a pair."""
+    down, along = places()
+    return (down ^ along >= size) & (down ^ along < 2 * size)
+
+
+def _late(size: int, columns: int = CHUNK) -> Any:
+    """Where the step of a row is in the later block of its pair."""
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), 0, layout=TILE) & size != 0
+
+
+def _span(size: int) -> Any:
+    """The steps (columns) whose decays a step (row) sums at a level: R of a late one, E of an early one."""
+    down, along = places()
+    return (down ^ along < size) & jnp.where(_late(size), down - along >= 0, down - along < 0)
+
+
+def _write_span(refs: Any, reached: Any) -> None:
+    refs.span[...] = jnp.where(reached, 1.0, 0.0).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+
+def _sums(refs: Any, block: Any) -> Any:
+    """The sums of decays over the span that was written last."""
+
+    def product(sums: Any) -> Any:
+        plgpu.wgmma(sums, refs.span, refs.high.at[:, block])
+        plgpu.wgmma(sums, refs.span, refs.low.at[:, block])
+        return sums[...]
+
+    return pl.run_scoped(product, accumulator(CHUNK, block.size))
+
+
+def _write_level(refs: Any, size: int, block: Any) -> Any:
+    """Writes W of a level; returns the exponentials."""
+    decay = jnp.exp(_sums(refs, block))
+    values = jnp.where(_late(size, block.size), read(refs.query.at[:, block]), read(refs.key.at[:, block]))
+    refs.work[...] = (decay * values).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return decay
+
+
+def gradients(
+    interpret: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    d_out: Any,
+    high: Any,
+    low: Any,
+    states: Any,
+    after: Any,
+    kept: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of queries and keys, in bfloat16, and of log decays, in float32, each [B, T, H, K].
+
+    query .. low are as in `weighed`, value and d_out [B, T, G, V]; states and after, [B, H, N, K, V] in bfloat16, are
+    the states before the chunks and the gradients of those after them; kept [B, H, N, K] is the decay over a chunk.
+    """
+    batch, length, heads, size = high.shape
+    outputs = [jax.ShapeDtypeStruct(high.shape, kind) for kind in (jnp.bfloat16, jnp.bfloat16, jnp.float32)]
+    scratch = scratch_of_gradients(value.shape[3])
+    given = ("query", "key", "high", "low", "value", "d_out", "states", "after", "kept")
+    names = [*(f"far_{name}" for name in given), "d_query", "d_key", "d_decay", *scratch]
+
+    def kernel(*refs: Any) -> None:
+        _differentiate(SimpleNamespace(**dict(zip(names, refs, strict=True))), heads)
+
+    grid = {"head": heads, "part": length // CHUNK * (size // BLOCK), "row": batch}
+    run = launch(kernel, "chunk_outer_keys_gradients", grid, outputs, list(scratch.values()), interpret)
+    return run(query, key, high, low, value, d_out, states, after, kept)
+
+
+def scratch_of_gradients(width: int) -> dict[str, Any]:
+    inputs = {name: tile(CHUNK, BLOCK) for name in ("query", "key", "high", "low")}
+    inputs |= {name: tile(CHUNK, width) for name in ("value", "d_out")}
+    inputs |= {name: tile(BLOCK, width) for name in ("states", "after")}
+    rows = {"kept": numbers(BLOCK), "flow": numbers(BLOCK)}
+    return {**inputs, **rows, "arrived": plgpu.Barrier(num_arrivals=9)}
+
+
+def _differentiate(refs: Any, heads: int) -> None:
+    """Gradients of a block of columns of keys: first all products over values, whose tiles then are room to work in."""
+    row, head, part = (lax.axis_index(name) for name in ("row", "head", "part"))
+    count = refs.d_query.shape[3] // BLOCK
+    chunk, block = lax.div(part, count), lax.rem(part, count) * BLOCK
+    columns = pl.ds(block, BLOCK)
+    steps = _steps(row, head, chunk, heads)
+    bring = lambda name, source: plgpu.copy_gmem_to_smem(source, getattr(refs, name), refs.arrived)
+    for name in ("query", "key", "high", "low"):
+        bring(name, steps(getattr(refs, f"far_{name}")).at[:, columns])
+    for name in ("value", "d_out"):
+        bring(name, steps(getattr(refs, f"far_{name}")))
+    for name in ("states", "after", "kept"):
+        bring(name, getattr(refs, f"far_{name}").at[row, head, chunk, columns])
+    plgpu.barrier_wait(refs.arrived)
+    down, along = places()
+    whole = pl.ds(0, BLOCK)
+
+    def over_values(of_query: Any, of_key: Any, scores: Any, mirrored: Any) -> Any:
+        plgpu.wgmma(of_query, refs.d_out, turned(refs.states))
+        plgpu.wgmma(of_key, refs.value, turned(refs.after))
+        plgpu.wgmma(scores, refs.d_out, turned(refs.value))
+        plgpu.wgmma(mirrored, refs.value, turned(refs.d_out))
+        return of_query[...], of_key[...], scores[...], mirrored[...]
+
+    pieces = [pl.ds(i, BLOCK) for i in range(0, refs.value.shape[1], BLOCK)]
+    flow = sum(read(refs.states.at[:, piece]) * read(refs.after.at[:, piece]) for piece in pieces)
+    refs.flow[...] = jnp.sum(flow, axis=1)
+    of_query, of_key, scores, mirrored = pl.run_scoped(over_values, *[accumulator(CHUNK, BLOCK)] * 4)
+    own = by_rows(jnp.sum(jnp.where(down == along, scores, 0.0), axis=1), BLOCK)
+    scores = jnp.where(down > along, scores, mirrored)
+
+    refs = SimpleNamespace(**vars(refs), span=refs.d_out.at[:, whole], work=refs.value.at[:, whole])
+    _write_span(refs, down >= along)
+    of_query = jnp.exp(_sums(refs, whole)) * of_query + own * read(refs.key)
+    _write_span(refs, down < along)
+    of_key = jnp.exp(_sums(refs, whole)) * of_key
+    to_state = [x.at[:, whole] for x in (refs.states, refs.after)]
+    _write_parts(to_state, of_key * read(refs.key))
+    of_key = of_key + own * read(refs.query)
+
+    def product(sums: Any) -> Any:
+        plgpu.wgmma(sums, refs.span, refs.work)
+        return sums[...]
+
+    for size in LEVELS:
+        _write_span(refs, _span(size))
+        decay = _write_level(refs, size, whole)
+        refs.span[...] = jnp.where(_paired(size), scores, 0.0).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        added = decay * pl.run_scoped(product, accumulator(CHUNK, BLOCK))
+        of_query = of_query + jnp.where(_late(size), added, 0.0)
+        of_key = of_key + jnp.where(_late(size), 0.0, added)
+
+    # Of g_m: what is between steps of the chunk and what comes in, from m on; what goes on to the next, before m.
+    within = read(refs.query) * of_query - read(refs.key) * of_key + read(to_state[0]) + read(to_state[1])
+    _write_parts([refs.high, refs.low], within)
+    _write_span(refs, down <= along)
+    sums = by_columns(read(refs.kept, ALONG) * read(refs.flow, ALONG), CHUNK) + _sums(refs, whole)
+    _write_span(refs, down > along)
+    refs.high, refs.low = to_state
+    sums = sums + _sums(refs, whole)
+    steps(refs.d_decay).at[:, columns][...] = sums
+    for name, values in (("query", of_query), ("key", of_key)):
+        getattr(refs, name)[...] = values.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    for name in ("query", "key"):
+        plgpu.copy_smem_to_gmem(getattr(refs, name), steps(getattr(refs, f"d_{name}")).at[:, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _write_parts(near: Any, values: Any) -> None:
+    """Writes float32 as two bfloat16, whose sum has 16 of its bits."""
+    high = values.astype(jnp.bfloat16)
+    near[0][...] = high
+    near[1][...] = (values - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    plgpu.commit_smem()
