@@ -43,3 +43,14 @@ def places(length: int) -> tuple[Any, Any]:
     """The row and the column of every entry of [L, L]."""
     shape = (length, length)
     return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def sums_between(g: Any) -> Any:
+    """G [L, L] of gates [1, L]: the sum of g over j < s <= i, and 0 for i <= j."""
+    row, column = places(g.shape[1])
+    between = jnp.where(row > column, turned(g), 0)
+    step = 1
+    while step < g.shape[1]:
+        between = between + jnp.where(row >= step, pltpu.roll(between, step, 0), 0)
+        step *= 2
+    return between

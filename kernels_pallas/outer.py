@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, turned, whole_chunks
+from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, sums_between, turned, whole_chunks
 
 
 class Form(NamedTuple):
@@ -109,7 +109,7 @@ def check(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def run(form: Form, chunk: int, save_states: bool, interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The arrays of `chunk_outer`, checked, through the kernels of a form."""
+    """The arrays of `chunk_outer`, and a bonus where the form has one, checked, through the kernels of a form."""
     return _forward(form, chunk, save_states, interpret, *arrays)[0]
 
 
@@ -119,45 +119,49 @@ def _rows(log_decay: jax.Array) -> jax.Array:
 
 
 def _forward(form: Form, chunk: int, save: bool, interpret: Any, *arrays: Any) -> Any:
-    *given, state, segment = arrays
-    q, k, v, g = whole_chunks(chunk, *given, axis=2)
-    found = _states_and_outputs(form, q, k, v, g, state, documents_of(segment, chunk), chunk, save, interpret)
-    out, after, *states = found
-    return (out[:, :, : given[0].shape[2]], after), (*arrays, states[0] if save else None)
+    *given, state, segment = arrays[:6]
+    padded, documents = whole_chunks(chunk, *given, axis=2), documents_of(segment, chunk)
+    out, after, *states = _outputs(form, padded, documents, state, arrays[6:], chunk, save, interpret)
+    return (out[:, :, : given[0].shape[2]], after), (arrays, states[0] if save else None)
 
 
-def _states_and_outputs(
-    form: Form, q: Any, k: Any, v: Any, g: Any, state: Any, documents: Any, chunk: int, save: bool, interpret: Any
+def _outputs(
+    form: Form, padded: Any, documents: Any, state: Any, bonus: Any, chunk: int, save: bool, interpret: Any
 ) -> Any:
+    q, k, v, g = padded
     g = _rows(g)
     blocks = Blocks(q, v, g, chunk)
     size = (blocks.key_size, blocks.value_size)
     outputs = [(blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype)), (blocks.state, blocks.shape(*size))]
     outputs += [(blocks.states, blocks.shape(blocks.chunks, *size))] if save else []
     inputs = [blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents, blocks.state]
+    inputs += [blocks.bonus for _ in bonus]
     launch = blocks.call(form.forward, f"{form.name}_forward", inputs, outputs, interpret)
-    return launch(q, k, v, g, documents, state.astype(jnp.float32))
+    return launch(q, k, v, g, documents, state.astype(jnp.float32), *(u[:, None].astype(jnp.float32) for u in bonus))
 
 
 def _backward(form: Form, chunk: int, save: bool, interpret: Any, residuals: Any, gradients: Any) -> Any:
-    *given, state, segment, states = residuals
-    d_out, d_last = gradients
+    (arrays, states), (d_out, d_last) = residuals, gradients
+    *given, state, segment = arrays[:6]
+    bonus = arrays[6:]
     query, key, _, log_decay = given
     length, groups = query.shape[2], query.shape[1]
     q, k, v, g, d_out = whole_chunks(chunk, *given, d_out, axis=2)
     documents = documents_of(segment, chunk)
     if states is None:
-        states = _states_and_outputs(form, q, k, v, g, state, documents, chunk, True, interpret)[2]
+        states = _outputs(form, (q, k, v, g), documents, state, bonus, chunk, True, interpret)[2]
     g = _rows(g)
     blocks = Blocks(q, v, g, chunk, backward=True)
     size = (blocks.key_size, blocks.value_size)
     inputs = [blocks.shared, blocks.shared, blocks.values, blocks.gates, blocks.documents]
-    inputs += [blocks.states, blocks.values, blocks.state]
+    inputs += [blocks.states, blocks.values, blocks.state, *(blocks.bonus for _ in bonus)]
     keys = (blocks.keys, blocks.shape(q.shape[2], blocks.key_size))
     outputs = [keys, keys, (blocks.values, jax.ShapeDtypeStruct(v.shape, v.dtype))]
     outputs += [(blocks.gates, blocks.shape(*g.shape[2:])), (blocks.state, blocks.shape(*size))]
+    outputs += [(blocks.of_bonus, blocks.shape(1, blocks.key_size)) for _ in bonus]
     launch = blocks.call(form.backward, f"{form.name}_backward", inputs, outputs, interpret)
-    dq, dk, dv, dg, d_state = launch(q, k, v, g, documents, states, d_out, d_last.astype(jnp.float32))
+    wide = (x.astype(jnp.float32) for x in (d_last, *(u[:, None] for u in bonus)))
+    dq, dk, dv, dg, d_state, *d_bonus = launch(q, k, v, g, documents, states, d_out, *wide)
     over_heads = lambda x: jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2)[:, :, :length]
     dg = dg[:, :, 0] if log_decay.ndim == 3 else dg
     return (
@@ -167,6 +171,7 @@ def _backward(form: Form, chunk: int, save: bool, interpret: Any, residuals: Any
         dg[:, :, :length].astype(log_decay.dtype),
         d_state.astype(state.dtype),
         None,
+        *(jnp.sum(x[:, :, 0], axis=0).astype(u.dtype) for x, u in zip(d_bonus, bonus, strict=True)),
     )
 
 
@@ -189,6 +194,8 @@ class Blocks:
         self.values = block((None, None, chunk, self.value_size), lambda b, h, n: (b, h, at(n), 0))
         per_head = decays.shape[2] == 1  # a row along the steps; else [T, K] as the keys
         self.gates = block((None, None, 1, chunk), lambda b, h, n: (b, h, 0, at(n))) if per_head else self.keys
+        self.bonus = block((None, 1, self.key_size), lambda b, h, n: (h, 0, 0))
+        self.of_bonus = block((None, None, 1, self.key_size), lambda b, h, n: (b, h, 0, 0))
         self.documents = block((None, 1, chunk), lambda b, h, n: (b, 0, at(n)))
         self.state = block((None, None, self.key_size, self.value_size), lambda b, h, n: (b, h, 0, 0))
         self.states = block((None, None, None, self.key_size, self.value_size), lambda b, h, n: (b, h, at(n), 0, 0))
@@ -232,11 +239,7 @@ def _decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
     """`(M [L, L], a [L, 1], w [L, 1], b [1, 1])` of a chunk's gates [1, L] and documents [1, L]."""
     length = g.shape[1]
     row, column = places(length)
-    between = jnp.where(row > column, turned(g), 0)
-    step = 1
-    while step < length:
-        between = between + jnp.where(row >= step, pltpu.roll(between, step, 0), 0)
-        step *= 2
+    between = sums_between(g)
     of_row = turned(documents)
     one = (row >= column) & (of_row == documents.astype(jnp.float32))
     decay = jnp.exp(jnp.where(one, between, -jnp.inf))

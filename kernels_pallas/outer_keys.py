@@ -13,10 +13,15 @@ from i's block's start to i, and E_j from after j to its block's end: both at mo
 and R, E grow from level to level by the other block's total. The backward pass goes through the same levels with
 dP = dO V^T, and dg_m = sum over i >= m of (q_i dq_i - k_i dk_i), and sum over v of S' dS', key by key. In the place of
 exp(-inf) stands exp(-CLIP), which is 0 too, and whose sums stay finite.
+
+With a bonus u (RWKV-6, 2404.05892) o_t = q_t^T (S_{t-1} + Diag(u) k_t v_t^T): sums to a step i end before g_i, so R
+starts from 0 in the place of g, the diagonal of P is q_i . (u * k_i), and dg_m sums q_i dq_i over i > m alone, all
+without a step's own pair, which has du = sum over i of (dO_i . v_i) q_i k_i.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,10 +30,36 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, places, turned
+from kernels_pallas.chunks import CHUNK, check_shapes, places, turned
 from kernels_pallas.outer import Form, check, dot, run
 
 CLIP = 1e4  # exp(-CLIP) is 0
+
+
+def reference(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    bonus: jax.Array,
+    segment: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence with a bonus, a token at a time, in the type of the state; `outer.reference` has it without."""
+    share = value.shape[1] // query.shape[1]
+    query, key = (jnp.repeat(x, share, axis=1) for x in (query, key))
+    same = segment == jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
+
+    def body(state: jax.Array, step: Any) -> Any:
+        q, k, v, g, goes_on = step
+        state = jnp.where(goes_on[:, None, None, None], state, 0)
+        own = (bonus[None] * k)[..., :, None] * v[..., None, :]
+        out = jnp.einsum("bhk,bhkv->bhv", q, state + own)
+        return jnp.exp(g)[..., None] * state + k[..., :, None] * v[..., None, :], out
+
+    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, log_decay)]
+    state, out = jax.lax.scan(body, state, (*moved, same.T))
+    return jnp.moveaxis(out, 0, 2), state
 
 
 def chunk_outer_keys(
@@ -41,11 +72,20 @@ def chunk_outer_keys(
     chunk: int = CHUNK,
     save_states: bool = False,
     interpret: Any = False,
+    bonus: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`chunk_outer` with log_decay [B, H, T, K], bfloat16 or float32: `(out [B, H, T, V], state [B, H, K, V])`."""
+    """`chunk_outer` with log_decay [B, H, T, K], bfloat16 or float32: `(out [B, H, T, V], state [B, H, K, V])`.
+
+    With a `bonus` u [H, K] the output is q_t^T (S_{t-1} + Diag(u) k_t v_t^T).
+    """
     decays = (*value.shape[:3], query.shape[3])
-    check(FORM.name, query, key, value, log_decay, state, segment, decays)
-    return run(FORM, chunk, save_states, interpret, query, key, value, log_decay, state, segment)
+    form = FORM if bonus is None else BONUS
+    check(form.name, query, key, value, log_decay, state, segment, decays)
+    arrays = (query, key, value, log_decay, state, segment)
+    if bonus is None:
+        return run(form, chunk, save_states, interpret, *arrays)
+    check_shapes(form.name, {"bonus": (bonus.shape, (value.shape[1], query.shape[3]))})
+    return run(form, chunk, save_states, interpret, *arrays, bonus)
 
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
@@ -57,15 +97,15 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
     return {"forward": forward, "backward": backward}
 
 
-def _levels(g: Any, one: Any) -> Iterator[tuple[Any, Any, Any]]:
+def _levels(g: Any, one: Any, bonus: bool) -> Iterator[tuple[Any, Any, Any]]:
     """`(R [L, K], E [L, K], mask [L, L])` of every level, then the sums over the chunk in their place.
 
-    `one` [L, L] is where the two steps are of one document.
+    `one` [L, L] is where the two steps are of one document. With a bonus R leaves a step's own decay out.
     """
     length = g.shape[0]
     row, column = places(length)
     step = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
-    reach, rest, total, size = g, jnp.zeros_like(g), g, 1
+    reach, rest, total, size = jnp.zeros_like(g) if bonus else g, jnp.zeros_like(g), g, 1
     while size < length:
         late = (row // size) % 2 == 1
         yield reach, rest, one & late & (column // size == row // size - 1)
@@ -88,8 +128,10 @@ def _gates(g: Any, documents: Any) -> Any:
     return jnp.maximum(g.astype(jnp.float32), -CLIP), across == down, first == 0, first == last
 
 
-def _forward_kernel(*refs: Any) -> None:
-    query, key, value, g, documents, first, out, last, *states, held = refs
+def _forward_kernel(*refs: Any, bonus: bool = False) -> None:
+    query, key, value, g, documents, first, *others = refs
+    factor = others.pop(0)[...] if bonus else 1.0
+    out, last, *states, held = others
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -100,14 +142,15 @@ def _forward_kernel(*refs: Any) -> None:
         before[...] = state
     g, one, carried, ends = _gates(g[...], documents[...])
     wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
-    for reach, rest, mask in _levels(g, one):
+    scores = _diagonal(jnp.sum(wide_q * wide_k * factor, axis=1, keepdims=True))
+    for reach, rest, mask in _levels(g, one, bonus):
         late, early = (wide_q * jnp.exp(reach)).astype(q.dtype), (wide_k * jnp.exp(rest)).astype(k.dtype)
         if mask is not None:
             scores = scores + jnp.where(mask, dot(late, early, (1, 1)), 0)
     carry = jnp.where(carried, dot(late, state.astype(q.dtype), (1, 0)), 0)
     out[...] = (dot(scores.astype(v.dtype), v, (1, 0)) + carry).astype(out.dtype)
-    kept = turned(jnp.where(carried[-1:], jnp.exp(reach[-1:]), 0))[:, :1]
+    whole = reach[-1:] + g[-1:] if bonus else reach[-1:]
+    kept = turned(jnp.where(carried[-1:], jnp.exp(whole), 0))[:, :1]
     state = kept * state + dot(jnp.where(ends, early, 0).astype(k.dtype), v, (0, 0))
     held[...] = state
     last[...] = state
@@ -119,12 +162,16 @@ def _diagonal(column: Any) -> Any:
     return jnp.where(row == other, column, 0)
 
 
-def _backward_kernel(*refs: Any) -> None:
-    query, key, value, g, documents, before, d_out, d_last, dq, dk, dv, dg, d_first, held = refs
+def _backward_kernel(*refs: Any, bonus: bool = False) -> None:
+    query, key, value, g, documents, before, d_out, d_last, *others = refs
+    factor = others.pop(0)[...] if bonus else 1.0
+    dq, dk, dv, dg, d_first, *d_bonus, held = others
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         held[...] = d_last[...]
+        for to in d_bonus:
+            to[...] = jnp.zeros_like(to)
 
     q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
     kind = q.dtype
@@ -132,28 +179,34 @@ def _backward_kernel(*refs: Any) -> None:
     wide_q, wide_k, narrow = q.astype(jnp.float32), k.astype(jnp.float32), after.astype(kind)
     d_scores = dot(do, v, (1, 1))
     own = jnp.sum(do.astype(jnp.float32) * v.astype(jnp.float32), axis=1, keepdims=True)  # of a step with itself
-    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
-    own_q, own_k = own * wide_k, own * wide_q
-    for reach, rest, mask in _levels(g, one):
+    scores = _diagonal(jnp.sum(wide_q * wide_k * factor, axis=1, keepdims=True))
+    other_q, other_k = jnp.zeros_like(wide_q), jnp.zeros_like(wide_k)  # of a step with others
+    for reach, rest, mask in _levels(g, one, bonus):
         from_start, to_end = jnp.exp(reach), jnp.exp(rest)
         late, early = (wide_q * from_start).astype(kind), (wide_k * to_end).astype(kind)
         if mask is not None:
             scores = scores + jnp.where(mask, dot(late, early, (1, 1)), 0)
             masked = jnp.where(mask, d_scores, 0).astype(kind)
-            own_q = own_q + from_start * dot(masked, early, (1, 0))
-            own_k = own_k + to_end * dot(masked, late, (0, 0))
+            other_q = other_q + from_start * dot(masked, early, (1, 0))
+            other_k = other_k + to_end * dot(masked, late, (0, 0))
     late, early = jnp.where(carried, late, 0), jnp.where(ends, early, 0)
-    own_q = own_q + jnp.where(carried, from_start * dot(do, state.astype(kind), (1, 1)), 0)
+    other_q = other_q + jnp.where(carried, from_start * dot(do, state.astype(kind), (1, 1)), 0)
     to_state = jnp.where(ends, to_end * dot(v, narrow, (1, 1)), 0)
-    own_k = own_k + to_state
-    dq[...] = own_q
-    dk[...] = own_k
+    other_k = other_k + to_state
+    dq[...] = other_q + own * wide_k * factor
+    dk[...] = other_k + own * wide_q * factor
+    for to in d_bonus:
+        to[...] += jnp.sum(own * wide_q * wide_k, axis=0, keepdims=True)
     dv[...] = (dot(scores.astype(kind), do, (0, 0)) + dot(early, narrow, (1, 0))).astype(dv.dtype)
-    kept = turned(jnp.where(carried[-1:], from_start[-1:], 0))[:, :1]
-    each, step = wide_q * own_q - wide_k * own_k, 1
-    row = jax.lax.broadcasted_iota(jnp.int32, each.shape, 0)
-    while step < each.shape[0]:  # sums from each step to the end
-        each = each + jnp.where(row < each.shape[0] - step, pltpu.roll(each, each.shape[0] - step, 0), 0)
+    whole = from_start[-1:] * jnp.exp(g[-1:]) if bonus else from_start[-1:]
+    kept = turned(jnp.where(carried[-1:], whole, 0))[:, :1]
+    length, step = q.shape[0], 1
+    row = jax.lax.broadcasted_iota(jnp.int32, q.shape, 0)
+    following = lambda x, steps: jnp.where(row < length - steps, pltpu.roll(x, length - steps, 0), 0)
+    of_q = following(wide_q * other_q, 1) if bonus else wide_q * other_q
+    each = of_q - wide_k * other_k
+    while step < length:  # sums from each step to the end
+        each = each + following(each, step)
         step *= 2
     flowing = turned(jnp.sum(kept * state * after, axis=1, keepdims=True))[:1]
     dg[...] = each + flowing + jnp.sum(wide_k * to_state, axis=0, keepdims=True)
@@ -163,3 +216,8 @@ def _backward_kernel(*refs: Any) -> None:
 
 
 FORM = Form("chunk_outer_keys", _forward_kernel, _backward_kernel)
+BONUS = Form(
+    "chunk_outer_keys_bonus",
+    functools.partial(_forward_kernel, bonus=True),
+    functools.partial(_backward_kernel, bonus=True),
+)

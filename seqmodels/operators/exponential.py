@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
+from seqmodels.operators import kernels
 from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
 from seqmodels.operators.family import each_head, run_family
 from seqmodels.scan import Recurrence
@@ -202,6 +203,12 @@ def mlstm_scan(
     if shapes[0] != shapes[1]:
         raise ValueError(f"the state of key {key.shape} and value {value.shape} is shaped {shapes[1]}, not {shapes[0]}")
 
+    if method == "pallas":
+        out, after = kernels.exponential(
+            query, key, value, log_input, log_forget, state,
+            eps=eps, segments=segments, chunk=chunk, sequence_axis=sequence_axis,
+        )  # fmt: skip
+        return out, ExponentialState(*after)
     out, state = run_family(
         "exponential",
         exponential_recurrence(eps),

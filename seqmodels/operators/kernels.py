@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from kernels_pallas.chunks import CHUNK
+from kernels_pallas.exponential import chunk_exponential
+from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.linear import linear_scan
@@ -19,6 +22,7 @@ from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
 
+VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of a TPU's default limit, a fifth left to the compiler
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
 
 
@@ -74,21 +78,21 @@ def outer(
     *,
     segments: Segments | None,
     chunk: int | None,
-    bonus: Any,
+    bonus: Float[Array, "H K"] | None,
     sequence_axis: str | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way.
+    """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way, and where
+    there is a bonus: a decay of heads is then that of all their keys.
 
     A decay per head has a `chunk_outer` for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
     """
-    per_key = log_decay is not None and log_decay.ndim == 4
+    per_key = bonus is not None or (log_decay is not None and log_decay.ndim == 4)
     own = on_hopper() and not per_key
     narrow = gpu_outer.refused(query, key, value) if own else None
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
-        "the kernel has no bonus": bonus is not None,
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
         f"{narrow}": narrow is not None,
     }
@@ -99,6 +103,8 @@ def outer(
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
+    if bonus is not None and log_decay.ndim == 3:
+        log_decay = jnp.broadcast_to(log_decay[..., None], (*log_decay.shape, key.shape[-1]))
     given = (query, key, value, log_decay.astype(jnp.float32))
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, (batch, length))
@@ -106,7 +112,7 @@ def outer(
     if own:
         out, state = gpu_outer.chunk_outer(*arrays, INTERPRET)
     else:
-        run = chunk_outer_keys if per_key else chunk_outer
+        run = functools.partial(chunk_outer_keys, bonus=bonus) if per_key else chunk_outer
         out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
@@ -130,3 +136,38 @@ def diagonal(
     documents = _documents(segments, drive.shape[:2])
     out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
+
+
+def exponential(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T H K"],
+    value: Float[Array, "B T H V"],
+    log_input: Float[Array, "B T H"],
+    log_forget: Float[Array, "B T H"],
+    state: tuple[Float[Array, "B H"], Float[Array, "B H K"], Float[Array, "B H K V"]],
+    *,
+    eps: float,
+    segments: Segments | None,
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> tuple[Float[Array, "B T H V"], tuple[Float[Array, "B H"], Float[Array, "B H K"], Float[Array, "B H K V"]]]:
+    """`mlstm_scan` by `chunk_exponential`, its state as a tuple. Raises ValueError where that cannot serve, and why."""
+    kinds = {x.dtype for x in (query, key, value)}
+    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    told = ", ".join(sorted(map(str, kinds)))
+    sizes = (key.shape[-1], value.shape[-1])
+    held = max(exponential_bytes(*sizes, chunk or CHUNK, query.dtype).values())
+    reasons = {
+        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
+        f"heads of {sizes[0]} keys and {sizes[1]} values take {held} bytes of VMEM, more than {VMEM:.0f}": held > VMEM,
+    }
+    _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    if segments is not None:  # nothing is written
+        log_input = jnp.where(segments.valid[..., None], log_input, -jnp.inf)
+    arrays = [_empty(x, segments) for x in (query, key, value)]
+    arrays += [log_input.astype(jnp.float32), _empty(log_forget.astype(jnp.float32), segments)]
+    q, k, v, i, f = (jnp.swapaxes(x, 1, 2) for x in arrays)
+    log_max, normaliser, memory = (x.astype(jnp.float32) for x in state)
+    documents, wide = _documents(segments, query.shape[:2]), (log_max, normaliser, memory)
+    out, after = chunk_exponential(q, k, v, i, f, wide, documents, eps, chunk or CHUNK, False, INTERPRET)
+    return _empty(jnp.swapaxes(out, 1, 2), segments), after

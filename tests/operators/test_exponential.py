@@ -193,7 +193,7 @@ def test_shapes_that_do_not_fit_are_shown() -> None:
         mlstm_scan(query, key, value[:, :, :1], log_input, log_forget)
     with pytest.raises(ValueError, match=r"the state of .*\(2, 2, 6, 8\)"):
         mlstm_scan(query, key, value, log_input, log_forget, empty_state((B, H), V, K))
-    with pytest.raises(ValueError, match="no kernel for the exponential family"):
+    with pytest.raises(ValueError, match="the kernel is for TPUs"):
         mlstm_scan(query, key, value, log_input, log_forget, method="pallas")
 
 
