@@ -134,18 +134,17 @@ def _run(form: Form, interpret: Any, *arrays: jax.Array) -> tuple[jax.Array, Sta
     return _forward(form, interpret, *arrays)[0]
 
 
-def _walk(
-    form: Form, kind: Walk, interpret: Any, x: Any, y: Any, z: Any, gates: Any, first: Any, n: Any, **late: Any
-) -> Any:
-    more = more_of(form, kind, z, gates.shape[2], n)
-    return walk(kind, interpret, x, y, z, gates, first, more, **late)
+def _walk(form: Form, interpret: Any, kind: Walk, x: Any, y: Any, z: Any, gates: Any, state: Any, **late: Any) -> Any:
+    normaliser, memory = state
+    more = more_of(form, kind, z, gates.shape[2], normaliser)
+    return walk(kind, interpret, x, y, z, gates, memory, more, **late)
 
 
 def _forward(form: Form, interpret: Any, *arrays: Any) -> Any:
     query, key, value, log_input, log_forget, log_max, normaliser, memory, segment = arrays
     steps = _steps(form, log_input, log_forget, log_max, segment)
     gates, (q, k, v) = _whole(steps, segment, _bounds(steps.log_max), query, key, value)
-    found = _walk(form, OUT, interpret, q, k, v, gates, memory, normaliser)
+    found = _walk(form, interpret, OUT, q, k, v, gates, (normaliser, memory))
     out = found["out"][:, : value.shape[1]]
     last = (steps.log_max[..., -1], found["last_normaliser"][:, :, 0], found["last"])
     return (out, last), (*arrays, out, found["sums"][:, :, 0], last)
@@ -166,11 +165,10 @@ def _backward(form: Form, interpret: Any, residuals: Any, gradients: Any) -> Any
         tilt = jnp.where(size > floor, -of_out * ratio * jnp.sign(sums), 0)
     gates, (q, k, v, do) = _whole(steps, segment, (ratio, tilt), query, key, value, d_out)
     swap = lambda x: jnp.swapaxes(x, 2, 3)
-    run = functools.partial(_walk, form)
-    of_query = run(D_QUERY, interpret, do, v, k, gates, swap(memory), normaliser, beside=q)
-    late = {"beside": k, "kept": of_query["states"]}
-    of_key = run(D_KEY, interpret, v, do, q, gates, swap(d_memory), d_normaliser, **late)
-    of_value = run(D_VALUE, interpret, k, q, do, gates, d_memory, d_normaliser)
+    run = functools.partial(_walk, form, interpret)
+    of_query = run(D_QUERY, do, v, k, gates, (normaliser, swap(memory)), beside=q)
+    of_key = run(D_KEY, v, do, q, gates, (d_normaliser, swap(d_memory)), beside=k, kept=of_query["states"])
+    of_value = run(D_VALUE, k, q, do, gates, (d_normaliser, d_memory))
 
     written = jnp.sum(of_key["sums"], axis=2)  # k . dk
     before = jnp.concatenate([of_key["normalisers"][:, :, 1:], d_normaliser[:, :, None].astype(jnp.float32)], axis=2)
