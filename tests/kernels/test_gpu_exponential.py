@@ -25,8 +25,8 @@ from tests.kernels.test_exponential import EPS, FORMS, NAMES, expected, graded, 
 from tests.kernels.test_gpu_outer import interpreted, strictly
 
 # bfloat16 keeps 8 bits (4e-3) of scores, weighted values and states in every product, and of the outputs.
-BFLOAT16 = 1e-2
-# Decays' gradients are sums of differences q . dq - k . dk over a chunk, each with such an error.
+BFLOAT16 = 2e-2
+# Gates' gradients are sums of k . dk and q . dq over a chunk, each with such an error; relative to the largest dot.
 SUMS = 3e-2
 # float32 rounding (6e-8) of gates, and of sums over 200 steps.
 FLOAT32 = 2e-6
@@ -51,17 +51,20 @@ def run(kind: str, *arrays: Any, interpret: Any = False) -> Any:
     return out, (log_max, *after)
 
 
-def check(kind: str, found: Any, right: Any, names: tuple[str, ...] = NAMES) -> None:
-    """As for TPUs, each array within its tolerance."""
-    for name, x, y in zip(names, found, right, strict=False):
+def check(kind: str, arrays: list[Any], found: Any, right: Any) -> None:
+    """As for TPUs, each array within its tolerance; gates' gradients, which cancel, by the size of what is summed."""
+    named = dict(zip(NAMES, right, strict=True))
+    wide = lambda x: np.asarray(x, np.float64)
+    dots = [np.sum(wide(x) * named[f"d {name}"], axis=3) for name, x in zip(("query", "key"), arrays, strict=False)]
+    for name, x in zip(NAMES, found, strict=False):
         if name != "d log_max" or FORMS[kind].stabilised:
-            x, y = np.asarray(x), np.asarray(y)
+            x, y = wide(x), wide(named[name])
             finite = y != -np.inf
             assert np.array_equal(x != -np.inf, finite), name
-            if np.any(y[finite]):
-                assert_same([name], [x[finite]], [y[finite]], SUMS if name == "d log_forget" else BFLOAT16)
-            else:
-                assert not np.any(x[finite]), name
+            gates = name in ("d log_input", "d log_forget", "d log_max")
+            sizes = [y[finite], *dots] if gates else [y[finite]]
+            size = max(np.max(np.abs(part), initial=0) for part in sizes)
+            assert np.all(np.abs(x[finite] - y[finite]) <= (SUMS if gates else BFLOAT16) * size), name
 
 
 CASES = [
@@ -98,7 +101,7 @@ def test_the_kernel_equals_the_recurrence_in_float64(
     found = jax.jit(functools.partial(graded, kernel))(*arrays[:8])
     assert [x.dtype for x in found[:4]] == [jnp.bfloat16, *[jnp.float32] * 3]
     assert [x.dtype for x in found[4:]] == [x.dtype for x in arrays[:8]]
-    check(kind, found, expected(kind, arrays))
+    check(kind, arrays, found, expected(kind, arrays))
 
 
 WRONG = [
@@ -148,10 +151,10 @@ def test_a_kernel_that_is_wrong_is_found(
         return out, *state
 
     right = expected("exponential", arrays)
-    check("exponential", found(), right)
+    check("exponential", arrays, found(), right)
     monkeypatch.setattr(where, name, wrong(getattr(where, name)))
-    with pytest.raises(AssertionError, match=told):
-        check("exponential", found(), right)
+    with pytest.raises(AssertionError, match=f"^{told}"):
+        check("exponential", arrays, found(), right)
 
 
 @pytest.mark.parametrize("gates", ["", "huge", "equal", "gone"])
@@ -227,7 +230,12 @@ def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernels, "on_hopper", lambda: True)
     monkeypatch.setattr(kernels, "INTERPRET", strictly())
     found = gradients("pallas")
-    check("exponential", [np.asarray(x, np.float64) for x in found], [np.asarray(x, np.float64) for x in right])
+    check(
+        "exponential",
+        [jnp.where(jnp.isnan(x), 0, x) for x in arrays],
+        found,
+        [np.asarray(x, np.float64) for x in right],
+    )
     assert not np.any(found[0][1, 18:])
 
 
