@@ -147,6 +147,12 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
 
 
 def _checked(form: Form, chunk: int, save: bool, interpret: Any, *arrays: Any) -> tuple[jax.Array, State]:
+    check(form.name, *arrays)
+    return _run(form, chunk, save, interpret, *arrays)
+
+
+def check(name: str, *arrays: Any) -> None:
+    """Raises ValueError on arrays, in the order of `reference`, of shapes that do not fit."""
     query, key, value, log_input, log_forget, log_max, normaliser, memory, segment = arrays
     batch, heads, length, size = query.shape
     shapes = {
@@ -159,8 +165,7 @@ def _checked(form: Form, chunk: int, save: bool, interpret: Any, *arrays: Any) -
         "memory": (memory.shape, (batch, heads, size, value.shape[3])),
         "segment": (segment.shape, (batch, length)),
     }
-    check_shapes(f"{form.name} with query {query.shape}", shapes)
-    return _run(form, chunk, save, interpret, *arrays)
+    check_shapes(f"{name} with query {query.shape}", shapes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

@@ -14,6 +14,7 @@ and late (the array beside, kept states) has one place, and is asked for when th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -56,6 +57,16 @@ class Walk(NamedTuple):
     beside: bool = False  # sums of the output's rows times those of another array are one
     keep: bool = False  # states after each chunk are one
     cross: bool = False  # sums of the rows of states times those of kept ones are one
+    operator: str = "chunk_outer"
+
+
+class More(NamedTuple):
+    """What an operator that is more than an outer product adds to a walk: its program, and arrays by name."""
+
+    program: Callable[[Walk, int, SimpleNamespace], Program]
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    scratch: Mapping[str, Any]
 
 
 def gates_of(log_decay: jax.Array, segment: jax.Array) -> jax.Array:
@@ -66,12 +77,12 @@ def gates_of(log_decay: jax.Array, segment: jax.Array) -> jax.Array:
 
 
 def walk(
-    kind: Walk, interpret: Any, x: Any, y: Any, z: Any, gates: Any, first: Any, *, beside: Any = None, kept: Any = None
+    kind: Walk, interpret: Any, x: Any, y: Any, z: Any, gates: Any, first: Any, more: More | None = None, **late: Any
 ) -> dict[str, jax.Array]:
     """The outputs of a walk, by name: `out` [B, T, H, V] and those of its kind.
 
-    x and y are [B, T, G, K], z and beside [B, T, G, V] with any G that divides the heads H of gates; first is
-    [B, H, K, V], kept [B, H, N, K, V]; T = N * CHUNK.
+    x and y are [B, T, G, K], z [B, T, G, V] with any G that divides the heads H of gates; first is [B, H, K, V]. What
+    comes late is `beside`, as z, or `kept` [B, H, N, K, V], where the kind has them; T = N * CHUNK.
     """
     batch, heads, chunks = gates.shape[:3]
     length, size, width = x.shape[1], x.shape[3], z.shape[3]
@@ -84,16 +95,20 @@ def walk(
         "crossed": (kind.cross, (batch, heads, blocks, chunks, size), jnp.float32),
     }
     outputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (made, shape, dtype) in shapes.items() if made}
-    given = {"x": x, "y": y, "z": z, "gates": gates, "first": first.astype(jnp.float32), "beside": beside, "kept": kept}
-    inputs = {name: array for name, array in given.items() if array is not None}
+    given = {"x": x, "y": y, "z": z, "gates": gates, "first": first.astype(jnp.float32)}
+    inputs = {**given, **late}
     scratch = scratch_of(kind, size)
+    program = more.program if more else Program
+    if more:
+        inputs, outputs, scratch = {**inputs, **more.inputs}, {**outputs, **more.outputs}, {**scratch, **more.scratch}
     names = [*inputs, *outputs, *scratch]
 
     def kernel(*refs: Any) -> None:
-        Program(kind, heads, SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
+        program(kind, heads, SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
 
     grid = {"head": heads, "block": blocks, "row": batch}
-    call = launch(kernel, f"chunk_outer_{kind.name}", grid, list(outputs.values()), list(scratch.values()), interpret)
+    name = f"{kind.operator}_{kind.name}"
+    call = launch(kernel, name, grid, list(outputs.values()), list(scratch.values()), interpret)
     return dict(zip(outputs, call(*inputs.values()), strict=True))
 
 
@@ -146,6 +161,24 @@ class Program:
                 refs.last[self.row, self.head, part, self.columns] = values
         plgpu.wait_smem_to_gmem(0)
 
+    def decays(self, slot: Any) -> Any:
+        """What scores become P by: M, where they are multiplied by it alone."""
+        return _decays(self.refs.gs.at[slot], self.kind.backward)
+
+    def scored(self, slot: Any, scores: Any, decays: Any) -> Any:
+        """P."""
+        return scores * decays
+
+    def weighted(self, slot: Any) -> Any:
+        """w * Z."""
+        weight = self.refs.gs.at[slot, CARRIED if self.kind.backward else WEIGHT]
+        return by_rows(read(weight, DOWN), BLOCK) * read(self.refs.zs.at[slot])
+
+    def output(self, slot: Any, carried: Any, own: Any) -> Any:
+        """O, from X S and P Z."""
+        scale = self.refs.gs.at[slot, WEIGHT if self.kind.backward else CARRIED]
+        return by_rows(read(scale, DOWN), BLOCK) * carried + own
+
     def at(self, n: Any) -> Any:
         """The chunk that comes n-th."""
         return self.chunks - 1 - n if self.kind.backward else n
@@ -192,8 +225,7 @@ class Program:
         """The n-th chunk: from the state before it to the one after it."""
         refs, kind = self.refs, self.kind
         slot = lax.rem(n, STAGES)
-        x, y, z, g = refs.xs.at[slot], refs.ys.at[slot], refs.zs.at[slot], refs.gs.at[slot]
-        scale, weight = (WEIGHT, CARRIED) if kind.backward else (CARRIED, WEIGHT)
+        x, y, z = refs.xs.at[slot], refs.ys.at[slot], refs.zs.at[slot]
         held_scores = refs.held.at[:CHUNK] if self.narrow else refs.scores
         plgpu.barrier_wait(refs.arrived.at[slot])
 
@@ -204,12 +236,12 @@ class Program:
         def first(scores: Any, *sums: Any) -> Any:
             plgpu.wgmma(scores, x, turned(y))
             with_state(*sums)
-            decay = _decays(g, kind.backward)
+            decays = self.decays(slot)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before put out
-            refs.work[...] = (by_rows(read(g.at[weight], DOWN), BLOCK) * read(z)).astype(jnp.bfloat16)
+            refs.work[...] = self.weighted(slot).astype(jnp.bfloat16)
             if kind.cross:
                 self.cross(0, state)
-            return scores[...] * decay, *(carried[...] for carried in sums)
+            return self.scored(slot, scores[...], decays), *(carried[...] for carried in sums)
 
         def second(own: Any, *sums: Any) -> Any:
             plgpu.wgmma(own, held_scores, z)
@@ -228,7 +260,7 @@ class Program:
             self.bring_piece(n, 1)
         own, *late = pl.run_scoped(second, one, *([] if self.narrow else [one]))
         (carried,) = early + late
-        out = by_rows(read(g.at[scale], DOWN), BLOCK) * carried + own
+        out = self.output(slot, carried, own)
         if kind.cross and not self.narrow:
             self.cross(1, state)
         kept = refs.gs[slot, CARRIED, CHUNK - 1]

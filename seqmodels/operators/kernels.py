@@ -17,6 +17,7 @@ from kernels_pallas.delta_keys import chunk_delta_keys
 from kernels_pallas.exponential import chunk_exponential
 from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
+from kernels_pallas.gpu import exponential as gpu_exponential
 from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.gpu import outer_keys as gpu_outer_keys
@@ -198,25 +199,34 @@ def exponential(
     chunk: int | None,
     sequence_axis: str | None,
 ) -> tuple[Float[Array, "B T H V"], tuple[Float[Array, "B H"], Float[Array, "B H K"], Float[Array, "B H K V"]]]:
-    """`mlstm_scan` by `chunk_exponential`, its state as a tuple. Raises ValueError where that cannot serve, and why."""
+    """`mlstm_scan` by `chunk_exponential` for TPUs or for Hopper GPUs, its state as a tuple.
+
+    Raises ValueError where that cannot serve, and why.
+    """
+    own = on_hopper()
+    narrow = gpu_exponential.refused(query, key, value) if own else None
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     told = ", ".join(sorted(map(str, kinds)))
     sizes = (key.shape[-1], value.shape[-1])
-    held = max(exponential_bytes(*sizes, chunk or CHUNK, query.dtype).values())
+    held = 0 if own else max(exponential_bytes(*sizes, chunk or CHUNK, query.dtype).values())
     reasons = {
         f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
         f"heads of {sizes[0]} keys and {sizes[1]} values take {held} bytes of VMEM, more than {VMEM:.0f}": held > VMEM,
+        f"{narrow}": narrow is not None,
     }
-    _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     if segments is not None:  # nothing is written
         log_input = jnp.where(segments.valid[..., None], log_input, -jnp.inf)
     arrays = [_empty(x, segments) for x in (query, key, value)]
     arrays += [log_input.astype(jnp.float32), _empty(log_forget.astype(jnp.float32), segments)]
     q, k, v, i, f = (jnp.swapaxes(x, 1, 2) for x in arrays)
     log_max, normaliser, memory = (x.astype(jnp.float32) for x in state)
-    documents, wide = _documents(segments, query.shape[:2]), (log_max, normaliser, memory)
-    out, after = chunk_exponential(q, k, v, i, f, wide, documents, eps, chunk or CHUNK, False, INTERPRET)
+    given = (q, k, v, i, f, (log_max, normaliser, memory), _documents(segments, query.shape[:2]), eps)
+    if own:
+        out, after = gpu_exponential.chunk_exponential(*given, INTERPRET)
+    else:
+        out, after = chunk_exponential(*given, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), after
 
 

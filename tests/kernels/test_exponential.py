@@ -251,7 +251,7 @@ def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) ->
     start[0, [0, 7, 8]], start[1, 18] = True, True
     segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
     poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
-    with pytest.raises(ValueError, match="the kernel is for TPUs, and this is made for cpu; use 'auto'"):
+    with pytest.raises(ValueError, match="for TPUs and Hopper GPUs, and this is made for cpu; use 'auto'"):
         mlstm_scan(*arrays, method="pallas")
     monkeypatch.setattr(kernels, "INTERPRET", True)
     warm = ExponentialState(log_max, normaliser, memory)
