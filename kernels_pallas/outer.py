@@ -228,7 +228,7 @@ def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     )
 
 
-def _decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
+def chunk_decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
     """`(M [L, L], a [L, 1], w [L, 1], b [1, 1])` of a chunk's gates [1, L] and documents [1, L]."""
     length = g.shape[1]
     row, column = places(length)
@@ -256,7 +256,7 @@ def _forward_kernel(*refs: Any) -> None:
     q, k, v, state = query[...], key[...], value[...], held[...]
     for kept_before in states:
         kept_before[...] = state
-    decay, carried, weight, kept = _decays(g[...], documents[...])
+    decay, carried, weight, kept = chunk_decays(g[...], documents[...])
     scores = dot(q, k, (1, 1)) * decay
     result = dot(scores.astype(v.dtype), v, (1, 0)) + carried * dot(q, state.astype(q.dtype), (1, 0))
     out[...] = result.astype(out.dtype)
@@ -273,7 +273,7 @@ def _backward_kernel(*refs: Any) -> None:
         held[...] = d_last[...]
 
     q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
-    decay, carried, weight, kept = _decays(g[...], documents[...])
+    decay, carried, weight, kept = chunk_decays(g[...], documents[...])
     kind = q.dtype
     scores = (dot(q, k, (1, 1)) * decay).astype(kind)
     d_scores = (dot(do, v, (1, 1)) * decay).astype(kind)

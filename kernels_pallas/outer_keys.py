@@ -60,9 +60,11 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
 def _levels(g: Any, one: Any) -> Iterator[tuple[Any, Any, Any]]:
     """`(R [L, K], E [L, K], mask [L, L])` of every level, then the sums over the chunk in their place.
 
-    `one` [L, L] is where the two steps are of one document.
+    `one` [L, L] is where the two steps are of one document. Raises ValueError unless L is a power of two.
     """
     length = g.shape[0]
+    if length & (length - 1):
+        raise ValueError(f"decays per key pair the steps of a chunk: a power of two of them, not {length}")
     row, column = places(length)
     step = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
     reach, rest, total, size = g, jnp.zeros_like(g), g, 1
@@ -78,7 +80,7 @@ def _levels(g: Any, one: Any) -> Iterator[tuple[Any, Any, Any]]:
     yield reach, rest, None
 
 
-def _gates(g: Any, documents: Any) -> Any:
+def gates(g: Any, documents: Any) -> Any:
     """Clipped log decays [L, K], which steps are of one document [L, L], and as columns: whether the state before goes
     on to a step, and whether a step is of the last document."""
     length = documents.shape[1]
@@ -98,9 +100,9 @@ def _forward_kernel(*refs: Any) -> None:
     q, k, v, state = query[...], key[...], value[...], held[...]
     for before in states:
         before[...] = state
-    g, one, carried, ends = _gates(g[...], documents[...])
+    g, one, carried, ends = gates(g[...], documents[...])
     wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
+    scores = diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
     for reach, rest, mask in _levels(g, one):
         late, early = (wide_q * jnp.exp(reach)).astype(q.dtype), (wide_k * jnp.exp(rest)).astype(k.dtype)
         if mask is not None:
@@ -113,7 +115,7 @@ def _forward_kernel(*refs: Any) -> None:
     last[...] = state
 
 
-def _diagonal(column: Any) -> Any:
+def diagonal(column: Any) -> Any:
     """A column [L, 1] on the diagonal of [L, L]."""
     row, other = places(column.shape[0])
     return jnp.where(row == other, column, 0)
@@ -128,11 +130,11 @@ def _backward_kernel(*refs: Any) -> None:
 
     q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
     kind = q.dtype
-    g, one, carried, ends = _gates(g[...], documents[...])
+    g, one, carried, ends = gates(g[...], documents[...])
     wide_q, wide_k, narrow = q.astype(jnp.float32), k.astype(jnp.float32), after.astype(kind)
     d_scores = dot(do, v, (1, 1))
     own = jnp.sum(do.astype(jnp.float32) * v.astype(jnp.float32), axis=1, keepdims=True)  # of a step with itself
-    scores = _diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
+    scores = diagonal(jnp.sum(wide_q * wide_k, axis=1, keepdims=True))
     own_q, own_k = own * wide_k, own * wide_q
     for reach, rest, mask in _levels(g, one):
         from_start, to_end = jnp.exp(reach), jnp.exp(rest)

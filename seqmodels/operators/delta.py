@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from seqmodels.operators import kernels
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import each_head, run_family
 from seqmodels.operators.outer import decayed_scores, read_decayed
@@ -199,6 +200,11 @@ def delta_rule(
             f"[B, T, H, K] or None; not {query.shape}, {key.shape}, {value.shape}, {beta.shape}, "
             f"{getattr(log_decay, 'shape', None)}"
         )
+    _check_state(state, key, value)
+    if method == "pallas":
+        return kernels.delta(
+            query, key, value, beta, log_decay, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis
+        )
     query, key = (jnp.repeat(x, heads // groups, axis=2) for x in (query, key))
     right = key
     if log_decay is not None:  # what is read is the decayed state
@@ -254,14 +260,16 @@ def diagonal_plus_rank_one(
 
 
 def _run(inputs: Delta, state: Array | None, **options: Any) -> tuple[Array, Array]:
-    batch, _, heads, size = inputs.value.shape
-    shape = (batch, heads, inputs.key.shape[-1], size)
+    _check_state(state, inputs.key, inputs.value)
     if state is None:
-        state = jnp.zeros(shape, _kind(inputs))
-    if state.shape != shape:
-        raise ValueError(
-            f"the state [B, H, K, V] of key {inputs.key.shape} and value {inputs.value.shape} is not {state.shape}"
-        )
+        batch, _, heads, size = inputs.value.shape
+        state = jnp.zeros((batch, heads, inputs.key.shape[-1], size), _kind(inputs))
 
     out, state = run_family("delta", delta_recurrence(), inputs, state, heads=each_head, **options)
     return out.astype(inputs.value.dtype), state
+
+
+def _check_state(state: Array | None, key: Array, value: Array) -> None:
+    right = (value.shape[0], value.shape[2], key.shape[-1], value.shape[-1])
+    if state is not None and state.shape != right:
+        raise ValueError(f"the state [B, H, K, V] of key {key.shape} and value {value.shape} is not {state.shape}")

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from kernels_pallas.chunks import CHUNK
+from kernels_pallas.delta import chunk_delta
+from kernels_pallas.delta_keys import chunk_delta_keys
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.linear import linear_scan
@@ -130,3 +132,39 @@ def diagonal(
     documents = _documents(segments, drive.shape[:2])
     out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
+
+
+def delta(
+    query: Float[Array, "B T G K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H *K"] | None,
+    state: Float[Array, "B H K V"] | None,
+    *,
+    segments: Segments | None,
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`delta_rule` by `chunk_delta`, or `chunk_delta_keys` where each key decays in its own way.
+
+    Raises ValueError where they cannot serve, and why.
+    """
+    kinds = {x.dtype for x in (query, key, value)}
+    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    told = ", ".join(sorted(map(str, kinds)))
+    reasons = {
+        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known
+    }
+    _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    batch, length, heads, size = value.shape
+    if log_decay is None:
+        log_decay = jnp.zeros((batch, length, heads), jnp.float32)
+    if state is None:
+        state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
+    arrays = (query, key, value, beta.astype(jnp.float32), log_decay.astype(jnp.float32))
+    q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
+    run = chunk_delta_keys if log_decay.ndim == 4 else chunk_delta
+    documents = _documents(segments, (batch, length))
+    out, state = run(q, k, v, strength, g, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    return _empty(jnp.swapaxes(out, 1, 2), segments), state

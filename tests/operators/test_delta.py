@@ -238,4 +238,4 @@ def test_shapes_that_do_not_fit_are_shown() -> None:
     with pytest.raises(ValueError, match=r"left and right.*\(2, 70, 1, 8\)"):
         diagonal_plus_rank_one(query, key, value, key, key)
     with pytest.raises(ValueError, match="no kernel for the delta family"):
-        delta_rule(query, key, value, beta, method="pallas")
+        diagonal_plus_rank_one(query, query, query, query, query, method="pallas")
