@@ -1,4 +1,25 @@
-"""draft"""
+"""`chunk_delta` for GPUs: S = exp(g_t) S_{t-1}, S_t = S + beta_t k_t (v_t - S^T k_t)^T, read as o_t = q_t^T S_t, with a
+decay per head.
+
+The equations of a chunk stand in `kernels_pallas/delta.py`, with C = K K^T * M'. What does not need the state is made
+of all chunks at once, what does is a walk over those of a head:
+
+    inverses     (I + C * beta)^-1, beta along columns                                    delta_solve.py
+    forward      E = (I + C * beta)^-1 (V - a * (K S)), U = beta * E, O, S'               delta_walk.py
+    inverses     (I + beta * C)^-1, beta along rows
+    backward     Y = (I + beta * C)^-T (P^T dO + w * (K dS')), dV, dbeta, dS              delta_walk.py
+    gradients    dQ, dK and dg from E, dV, the states and their gradients                 delta_grad.py
+
+The forward walk solves for E, not for U = beta * E, since dbeta_t is y_t . e_t where beta is 0 too. E, S and dS' are
+kept for the gradients in bfloat16, as products take them. Inverses and what they multiply are in two terms of bfloat16,
+16 bits: three products more a chunk than with W = X (beta * a * K) made ahead, which has 8 bits and cancels against V.
+
+Why it should be fast; on paper, for it has not run on a GPU. An inverse is 30 products of 64 x 64 x 64, ten waits long:
+four programs share a processor where K <= 128, and fill each other's waits; a chunk's numbers stay in shared memory
+till X is found, and 16 KiB are what a chunk writes. The forward walk is three waits a chunk long, and asks for copies
+ahead. No walk is made for dQ and dK: the price is that S and dS', 4 K V bytes a chunk and head, are written and read
+once. As in `outer.py`, B H V/64 programs walk: 32 heads of 128 keep 64 of an H100's 132 processors busy.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +31,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.chunks import whole_chunks
 from kernels_pallas.delta_run import check
-from kernels_pallas.gpu.common import CHUNK, refusal, starts_of
+from kernels_pallas.gpu import delta_grad, delta_solve, delta_walk
+from kernels_pallas.gpu.common import CHUNK, refusal, shared_bytes, starts_of
 from kernels_pallas.gpu.delta_grad import gates_gradient, gradients
 from kernels_pallas.gpu.delta_solve import inverses, strengths_and_gates
 from kernels_pallas.gpu.delta_walk import walk
@@ -46,6 +68,17 @@ def refused(query: Any, key: Any, value: Any) -> str | None:
     """Why the kernels do not take these arrays, of any order of heads and steps; None where they do."""
     kinds = {"query": query.dtype, "key": key.dtype, "value": value.dtype}
     return refusal(kinds, {"that of keys": query.shape[3], "that of values": value.shape[3]})
+
+
+def shared_memory(key_size: int, value_size: int) -> dict[str, int]:
+    """Bytes of shared memory that a program of each kernel has, where it has most."""
+    scratch = {
+        "inverses": delta_solve.scratch_of(key_size),
+        "forward": delta_walk.scratch_of(key_size, backward=False, keep=True),
+        "backward": delta_walk.scratch_of(key_size, backward=True, keep=True),
+        "gradients": delta_grad.scratch_of(value_size),
+    }
+    return {name: shared_bytes(arrays.values()) for name, arrays in scratch.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

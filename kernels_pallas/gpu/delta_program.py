@@ -1,4 +1,4 @@
-"""What the programs of `delta_walk` do alike: copies, products with the chunk's inverse, the state's update, outputs."""
+"""What both walks of `chunk_delta` do alike: copies, products with a chunk's inverse, the state's update, outputs."""
 
 from __future__ import annotations
 

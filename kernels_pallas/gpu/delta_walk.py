@@ -43,6 +43,7 @@ from kernels_pallas.gpu.common import (
     read,
     tile,
 )
+from kernels_pallas.gpu.delta_program import Program
 from kernels_pallas.gpu.delta_solve import BETA
 from kernels_pallas.gpu.walk import CARRIED, WEIGHT
 
@@ -61,10 +62,10 @@ def walk(
 ) -> dict[str, jax.Array]:
     """The outputs of a walk, by name; backward where `errors` are given.
 
-    Forward, `given` are values [B, T, H, V] and first the state [B, H, K, V]: `out`, `last` (float32), and with `keep`
-    `kept_errors` E and `states` [B, H, N, K, V] before each chunk. Backward, they are the gradients of `out` and `last`:
-    `out` is that of values, `last` that of the first state, `strength` [B, H, V/64, T/64, 64] sums to that of beta, and
-    `states` are gradients of those after each chunk. query and key are [B, T, G, K]; T = 64 N.
+    query and key are [B, T, G, K]; T = 64 N. Forward, `given` are values [B, T, H, V] and first the state [B, H, K, V]:
+    `out`, `last` (float32), and with `keep` also `kept_errors` E and `states` [B, H, N, K, V] before each chunk.
+    Backward, they are the gradients of `out` and `last`: `out` is that of values, `last` that of the first state,
+    `strength` [B, H, V/64, N, 64] sums to that of beta, and `states` are those of the states after each chunk.
     """
     batch, heads, chunks = gates.shape[:3]
     size, width = query.shape[3], given.shape[3]
