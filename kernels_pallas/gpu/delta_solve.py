@@ -58,19 +58,15 @@ def before(row: Any, column: Any, decay: Any) -> Any:
     return jnp.where(row > column, decay, 0)
 
 
-def scratch() -> dict[str, Any]:
-    """What a program keeps in shared memory, with `keys` beside it."""
+def scratch_of(size: int) -> dict[str, Any]:
+    """What a program keeps in shared memory, for keys of `size`."""
     return {
+        "keys": tile(CHUNK, size),
         "gs": numbers(BETA + 1, CHUNK),
         "found": tile(2, CHUNK, CHUNK),
         "across": tile(2, CHUNK, CHUNK),  # A, then X A
         "arrived": plgpu.Barrier(num_arrivals=2),
     }
-
-
-def scratch_of(size: int) -> dict[str, Any]:
-    """All that it keeps, for keys of `size`."""
-    return {"keys": tile(CHUNK, size), **scratch()}
 
 
 def inverses(key: Any, gates: Any, by_row: bool, interpret: Any) -> jax.Array:
@@ -115,10 +111,10 @@ def inverses(key: Any, gates: Any, by_row: bool, interpret: Any) -> jax.Array:
         plgpu.copy_smem_to_gmem(found, out.at[here, head, n])
         plgpu.wait_smem_to_gmem(0)
 
-    kept = scratch_of(size)
+    scratch = list(scratch_of(size).values())
     shape = jax.ShapeDtypeStruct((batch, heads, chunks, 2, CHUNK, CHUNK), jnp.bfloat16)
     grid = {"head": heads, "chunk": chunks, "row": batch}
-    (out,) = launch(kernel, "chunk_delta_solve", grid, [shape], list(kept.values()), interpret)(key, gates)
+    (out,) = launch(kernel, "chunk_delta_solve", grid, [shape], scratch, interpret)(key, gates)
     return out
 
 
