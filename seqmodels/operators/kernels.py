@@ -17,6 +17,7 @@ from kernels_pallas.delta_keys import chunk_delta_keys
 from kernels_pallas.exponential import chunk_exponential
 from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
+from kernels_pallas.gpu import delta as gpu_delta
 from kernels_pallas.gpu import exponential as gpu_exponential
 from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
@@ -164,25 +165,34 @@ def delta(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`delta_rule` by `chunk_delta`, or `chunk_delta_keys` where each key decays in its own way.
 
-    Raises ValueError where they cannot serve, and why.
+    No decay, or one per head, has a `chunk_delta` for Hopper GPUs too. Raises ValueError where none serves, and why.
     """
+    per_key = log_decay is not None and log_decay.ndim == 4
+    own = on_hopper() and not per_key
+    narrow = gpu_delta.refused(query, key, value) if own else None
     kinds = {x.dtype for x in (query, key, value)}
     known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
-        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known
+        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
+        f"{narrow}": narrow is not None,
     }
-    _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis)
+    hopper = None if per_key else gpu.CHUNK
+    _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
     batch, length, heads, size = value.shape
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), jnp.float32)
     if state is None:
         state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
-    arrays = (query, key, value, beta.astype(jnp.float32), log_decay.astype(jnp.float32))
-    q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in arrays)
-    run = chunk_delta_keys if log_decay.ndim == 4 else chunk_delta
+    given = (query, key, value, beta.astype(jnp.float32), log_decay.astype(jnp.float32))
+    q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, (batch, length))
-    out, state = run(q, k, v, strength, g, state.astype(jnp.float32), documents, chunk or CHUNK, False, INTERPRET)
+    arrays = (q, k, v, strength, g, state.astype(jnp.float32), documents)
+    if own:
+        out, state = gpu_delta.chunk_delta(*arrays, False, INTERPRET)
+    else:
+        run = chunk_delta_keys if per_key else chunk_delta
+        out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
 

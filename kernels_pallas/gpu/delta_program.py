@@ -1,0 +1,135 @@
+"""What both walks of `chunk_delta` do alike: copies, products with a chunk's inverse, the state's update, outputs."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, read_far, turned
+from kernels_pallas.gpu.delta_solve import multiply, split
+from kernels_pallas.gpu.walk import NARROW, _decays
+
+
+class Program:
+    """What the programs of both walks do; `refs` by name: inputs, outputs and scratch of `delta_walk.walk`."""
+
+    backward = False
+
+    def __init__(self, heads: int, refs: SimpleNamespace):
+        self.heads, self.refs = heads, refs
+        self.row, self.head, self.block = (lax.axis_index(name) for name in ("row", "head", "block"))
+        self.size, self.chunks = refs.held.shape[0], refs.gates.shape[2]
+        self.columns = pl.ds(self.block * BLOCK, BLOCK)
+        self.narrow = self.size <= NARROW
+        self.rows = self.size if self.narrow else BLOCK
+        self.parts = [pl.ds(i, self.rows) for i in range(0, self.size, self.rows)]  # by which a state is updated
+
+    def run(self) -> None:
+        refs = self.refs
+        for n in range(min(STAGES, self.chunks)):
+            self.bring(n, n)
+        self.bring_late(0)
+        state = tuple(read_far(refs.first.at[self.row, self.head, part, self.columns]) for part in self.parts)
+        self.hold(state)
+        plgpu.commit_smem()
+        state = lax.fori_loop(0, self.chunks, self.step, state)
+        for part, values in zip(self.parts, state, strict=True):
+            refs.last[self.row, self.head, part, self.columns] = values
+        plgpu.wait_smem_to_gmem(0)
+
+    def step(self, n: Any, state: Any) -> Any:
+        """The n-th chunk: from the state before it to the one after it."""
+        raise NotImplementedError
+
+    def at(self, n: Any) -> Any:
+        """The chunk that comes n-th."""
+        return self.chunks - 1 - n if self.backward else n
+
+    def steps(self, n: Any, array: Any) -> Any:
+        """The n-th chunk of an array [B, T, G, ..], of the group of this head."""
+        return array.at[self.row, pl.ds(self.at(n) * CHUNK, CHUNK), lax.div(self.head, self.heads // array.shape[2])]
+
+    def bring(self, n: Any, slot: Any) -> None:
+        refs, arrived = self.refs, self.refs.arrived.at[slot]
+        plgpu.copy_gmem_to_smem(self.steps(n, refs.query), refs.queries.at[slot], arrived)
+        plgpu.copy_gmem_to_smem(self.steps(n, refs.key), refs.keys.at[slot], arrived)
+        plgpu.copy_gmem_to_smem(refs.gates.at[self.row, self.head, self.at(n)], refs.gs.at[slot], arrived)
+
+    def bring_late(self, n: Any) -> None:
+        refs, arrived = self.refs, self.refs.late_arrived
+        plgpu.copy_gmem_to_smem(self.steps(n, refs.given).at[:, self.columns], refs.values, arrived)
+        plgpu.copy_gmem_to_smem(refs.solved.at[self.row, self.head, self.at(n)], refs.inverse, arrived)
+        if self.backward:
+            plgpu.copy_gmem_to_smem(self.steps(n, refs.errors).at[:, self.columns], refs.errs, arrived)
+
+    def hold(self, state: Any) -> None:
+        """Writes the state where products read it."""
+        for part, values in zip(self.parts, state, strict=True):
+            self.refs.held[part] = values.astype(jnp.bfloat16)
+
+    def score(self, n: Any, g: Any, left: Any, right: Any, keys: Any) -> list[Any]:
+        """Writes the masked scores, and gives K S where registers allow for it beside them, else nothing."""
+        refs = self.refs
+
+        def product(scores: Any, *sums: Any) -> Any:
+            plgpu.wgmma(scores, left, turned(right))
+            for carried in sums:
+                plgpu.wgmma(carried, keys, refs.held)
+            decay = _decays(g, self.backward)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before put out
+            return scores[...] * decay, *(carried[...] for carried in sums)
+
+        one = [accumulator(CHUNK, BLOCK)] if self.narrow else []
+        scores, *early = pl.run_scoped(product, accumulator(CHUNK, CHUNK), *one)
+        refs.scores[...] = scores.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        if hasattr(refs, "states"):
+            states = refs.states.at[self.row, self.head, self.at(n), :, self.columns]
+            plgpu.copy_smem_to_gmem(refs.held, states)
+        return early
+
+    def solve(self, values: Any, turn: bool) -> Any:
+        """The inverse, or its transpose, times values."""
+        refs = self.refs
+        split(refs.pair, values)
+        plgpu.commit_smem()
+
+        def product(total: Any) -> Any:
+            multiply(total, lambda i: turned(refs.inverse.at[i]) if turn else refs.inverse.at[i], refs.pair)
+            return total[...]
+
+        return pl.run_scoped(product, accumulator(CHUNK, BLOCK))
+
+    def write(self, n: Any, *writes: Any) -> None:
+        """Writes what makes the output and the next state, and asks for what the next chunk needs late."""
+        for i, values in enumerate(writes):
+            self.refs.pair[i] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        pl.when(n + 1 < self.chunks)(lambda: self.bring_late(n + 1))
+
+    def update(self, state: Any, kept: Any, *products: Any) -> Any:
+        """b S and the products' sum."""
+
+        def part(i: int, added: Any) -> Any:
+            for keys, writes in products:
+                plgpu.wgmma(added, turned(keys.at[:, self.parts[i]]), writes)
+            return kept * state[i] + added[...]
+
+        parts = range(len(self.parts))
+        return tuple(pl.run_scoped(functools.partial(part, i), accumulator(self.rows, BLOCK)) for i in parts)
+
+    def put(self, n: Any, slot: Any, out: Any, state: Any) -> None:
+        """Writes the output and the state, sends what goes out, and asks for what comes next."""
+        refs = self.refs
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        refs.scores[...] = out.astype(jnp.bfloat16)
+        self.hold(state)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(refs.scores, self.steps(n, refs.out).at[:, self.columns])
+        pl.when(n + STAGES < self.chunks)(lambda: self.bring(n + STAGES, slot))

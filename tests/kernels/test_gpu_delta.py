@@ -1,0 +1,196 @@
+"""`chunk_delta` for Hopper GPUs: interpreted against a loop in float64, lowered without a device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import delta as tpu
+from kernels_pallas.gpu import common, delta_program, delta_solve
+from kernels_pallas.gpu.delta import chunk_delta, shared_memory
+from seqmodels import Segments
+from seqmodels.operators import delta_rule, kernels
+from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.test_delta import NAMES, REAL, inputs, shapes
+from tests.kernels.test_gpu_outer import BFLOAT16, interpreted, strictly
+
+# Where a chunk's writes turn each other round, their sums cancel, and more than an inverse's 16 bits: the TPU's kernel,
+# which rounds alike, is off by as much (out by 3e-2, d log_decay, the sum of what cancels, by 1e-1).
+STIFF = 0.1
+# Of an inverse in two terms of bfloat16 (16 bits, 2e-5) through five levels of products, relative to its largest entry:
+# where it is near the identity, and where it is furthest from that.
+INVERSE, STIFF_INVERSE = 2e-5, 2e-3
+
+
+CASES = [
+    # length, key and value size, batch, whether keys are almost one, whether states are kept
+    pytest.param(70, 64, 64, 1, False, False, id="a chunk and a part"),
+    *(
+        pytest.param(*case, id=name, marks=pytest.mark.slow)
+        for name, case in {
+            "one step": (1, 64, 64, 2, False, False),
+            "whole chunks, states kept": (192, 64, 64, 2, False, True),
+            "two blocks": (200, 128, 128, 1, False, False),
+            "wide keys": (130, 256, 64, 1, False, False),
+            "wide values": (130, 64, 256, 1, False, True),
+            "steps that turn round what was just written": (130, 64, 64, 1, True, False),
+        }.items()
+    ),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "stiff", "save"), CASES)
+def test_the_kernels_equal_the_recurrence_in_float64(
+    length: int, key_size: int, value_size: int, batch: int, stiff: bool, save: bool
+) -> None:
+    """Outputs, the state, and all gradients, strictly; two heads share their keys."""
+    arrays = inputs(length, key_size, value_size, batch=batch, dtype=jnp.bfloat16, stiff=stiff)
+    run = lambda *a: chunk_delta(*a, arrays[6], save, strictly())
+    found = jax.jit(functools.partial(pulled, run))(*arrays[:6])
+    assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in arrays[:6])]
+    right = in_float64(lambda *a: tpu.reference(*a, arrays[6]), *arrays[:6], how=pulled)
+    assert_same(NAMES, found, right, STIFF if stiff else BFLOAT16)
+
+
+@interpreted
+@pytest.mark.parametrize("stiff", [False, True])
+def test_inverses_keep_sixteen_bits(stiff: bool) -> None:
+    """With strengths along rows and along columns, against float64."""
+    _, key, _, beta, log_decay, _, segment = inputs(64, 64, 64, batch=1, dtype=jnp.bfloat16, stiff=stiff)
+    gates = delta_solve.strengths_and_gates(log_decay, beta, segment)
+    start = np.diff(np.asarray(segment), prepend=0) != 0
+    sums = np.cumsum(np.where(start, common.LOWEST, np.maximum(np.asarray(log_decay[0], np.float64), common.LOWEST)), 1)
+    k, strength = np.asarray(key[0, 0], np.float64), np.asarray(beta[0], np.float64)
+    scores = (k @ k.T) * np.tril(np.exp(np.tril(sums[:, :, None] - sums[:, None, :])), -1)
+    for by_row in (True, False):
+        found = jax.jit(lambda *a, by_row=by_row: delta_solve.inverses(*a, by_row, strictly()))(
+            jnp.swapaxes(key, 1, 2), gates
+        )
+        right = np.linalg.inv(np.eye(64) + scores * (strength[:, :, None] if by_row else strength[:, None, :]))
+        total = np.sum(np.asarray(found[0, :, 0], np.float64), axis=1)
+        assert_same(("inverse",), [total], [right], STIFF_INVERSE if stiff else INVERSE)
+
+
+def _lost(right: Any) -> Any:
+    return lambda *a: right(*a).at[..., 2, -1].multiply(0.95)
+
+
+def _one_term(pair: Any, values: Any) -> None:
+    """The low term is what the high one is."""
+    pair[0] = values.astype(jnp.bfloat16)
+    pair[1] = values.astype(jnp.bfloat16)
+
+
+WRONG = [
+    pytest.param(delta_solve, "gates_of", _lost, id="a twentieth of the state is lost between chunks"),
+    pytest.param(
+        delta_program,
+        "_decays",
+        lambda right: lambda *a: jnp.maximum(right(*a), 0.2),
+        id="what comes after a step is seen",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        delta_program,
+        "split",
+        lambda right: _one_term,
+        id="what is left of a write counts whole",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("module", "name", "wrong"), WRONG)
+def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a control of the test above."""
+    arrays = inputs(66, 64, 64, batch=1, dtype=jnp.bfloat16)
+    arrays[4], arrays[6] = jnp.full_like(arrays[4], -0.001), jnp.zeros_like(arrays[6])
+    found = jax.jit(tpu.reference)(*(x.astype(jnp.float32) for x in arrays[:6]), arrays[6])
+    run = lambda: jax.jit(lambda *a: chunk_delta(*a, False, strictly()))(*arrays)
+    assert_same(NAMES, run(), found, BFLOAT16)
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
+    with pytest.raises(AssertionError):
+        assert_same(NAMES, run(), found, BFLOAT16)
+
+
+def gradients(*arrays: Any, save: bool = False) -> Any:
+    run = functools.partial(chunk_delta, save_states=save)
+    loss = lambda *a: sum(jnp.sum(x.astype(jnp.float32)) for x in run(*a, arrays[6]))
+    return jax.value_and_grad(loss, tuple(range(6)))(*arrays[:6])
+
+
+@pytest.mark.parametrize("shape", [*REAL[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in REAL[1:])], ids=str)
+def test_the_kernels_lower_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
+    """Inverses and a walk forward; inverses, a walk and gradients backward, after those two again unless kept."""
+    arrays = shapes("per head", *shape, "bfloat16")
+    assert gpu_kernels_of(gradients, *arrays) == 7
+    assert gpu_kernels_of(functools.partial(gradients, save=True), *arrays) == 5
+
+
+@pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product(common.SIZES, repeat=2)))
+def test_programs_fit_into_shared_memory(key_size: int, value_size: int) -> None:
+    assert max(shared_memory(key_size, value_size).values()) < common.SHARED
+
+
+def test_errors_say_what_the_kernel_takes() -> None:
+    arrays = shapes("per head", 1, 64, 2, 64, "bfloat16")
+    with pytest.raises(ValueError, match="takes bfloat16 and heads of 64, 128, 256, but query is float32 and key is"):
+        jax.eval_shape(chunk_delta, *shapes("per head", 1, 64, 2, 64, "float32"))
+    with pytest.raises(ValueError, match="but that of keys is 96 and that of values is 96"):
+        jax.eval_shape(chunk_delta, *shapes("per head", 1, 64, 2, 96, "bfloat16"))
+    with pytest.raises(ValueError, match=r"log_decay \(1, 2, 64, 64\), not \(1, 2, 64\)"):
+        jax.eval_shape(chunk_delta, *shapes("per key", 1, 64, 2, 64, "bfloat16"))
+    with pytest.raises(ValueError, match=r"beta \(1, 2, 64, 64\), not \(1, 2, 64\)"):
+        jax.eval_shape(chunk_delta, *arrays[:3], jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.float32), *arrays[4:])
+
+
+def called(dtype: Any = jnp.bfloat16, size: int = 64, *, per_key: bool = False) -> dict[str, Any]:
+    """The arguments of a family's call."""
+    query, key, value, beta, log_decay, *_ = inputs(20, 64, 64, per_key=per_key)
+    query, key, value = (x[..., :size].astype(dtype) for x in (query, key, value))
+    given = {"query": query, "key": key, "value": value, "beta": beta, "log_decay": log_decay}
+    return {name: jnp.swapaxes(x, 1, 2) for name, x in given.items()}
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("decays", [True, False])
+def test_the_family_calls_it_on_a_hopper(decays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents and padding that is NaN, as `sequential` has them; with a decay and with none."""
+    start = np.zeros((2, 20), bool)
+    start[0, [0, 7, 8]], start[1, 18] = True, True
+    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
+    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    arrays = {name: poison(x) for name, x in called().items() if decays or name != "log_decay"}
+    run = lambda method: jax.jit(functools.partial(delta_rule, segments=segments, method=method))(**arrays)
+    right = run("sequential")
+    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
+    monkeypatch.setattr(kernels, "INTERPRET", strictly())
+    found = run("pallas")
+    assert_same(("out", "state"), found, right, BFLOAT16)
+    chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
+
+
+def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
+    shaped = lambda *a, **how: jax.eval_shape(functools.partial(called, *a, **how))
+    run = lambda changes, arrays: delta_rule(**arrays, **changes, method="pallas")
+    assert gpu_kernels_of(functools.partial(run, {}), shaped()) == 2
+    refused: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (H100, shaped(jnp.float32), {}, "takes bfloat16 and heads of 64, 128, 256, but query is float32"),
+        (H100, shaped(size=32), {}, "but that of keys is 32 and that of values is 32"),
+        (H100, shaped(), {"chunk": 128}, "chunks are of 64 steps, not 128"),
+        (H100, shaped(per_key=True), {}, "the kernel is for TPUs, and this is made for NVIDIA H100"),
+        (A100, shaped(), {}, "for TPUs and Hopper GPUs, and this is made for NVIDIA A100"),
+    ]
+    for mesh, arrays, changes, told in refused:
+        with pytest.raises(ValueError, match=told), jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(functools.partial(run, changes), arrays)
