@@ -52,9 +52,9 @@ def chunk_delta(
     """`kernels_pallas.delta.chunk_delta` for bfloat16 and heads of 64, 128 or 256: the same arrays, the same results.
 
     Chunks are of 64 steps. `save_states` keeps the errors E and, in bfloat16, the states before all chunks, else the
-    backward pass computes them again. The kernels read [B, T, H, K]; the transposes here and those of a caller with that order cancel
-    under `jit`. `interpret`: as `common.launch` takes it. Raises ValueError on shapes that do not fit, and on types and
-    sizes that the kernels do not take.
+    backward pass computes them again. The kernels read [B, T, H, K]; the transposes here and those of a caller with
+    that order cancel under `jit`. `interpret`: as `common.launch` takes it. Raises ValueError on shapes that do not
+    fit, and on types and sizes that the kernels do not take.
     """
     check("chunk_delta", query, key, value, beta, log_decay, state, segment, value.shape[:3])
     if told := refused(query, key, value):

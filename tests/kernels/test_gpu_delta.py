@@ -61,7 +61,7 @@ def test_the_kernels_equal_the_recurrence_in_float64(
 
 
 @interpreted
-@pytest.mark.parametrize("stiff", [False, True])
+@pytest.mark.parametrize("stiff", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_inverses_keep_sixteen_bits(stiff: bool) -> None:
     """With strengths along rows and along columns, against float64."""
     _, key, _, beta, log_decay, _, segment = inputs(64, 64, 64, batch=1, dtype=jnp.bfloat16, stiff=stiff)
@@ -89,27 +89,16 @@ def _one_term(pair: Any, values: Any) -> None:
     pair[1] = values.astype(jnp.bfloat16)
 
 
-WRONG = [
-    pytest.param(delta_solve, "gates_of", _lost, id="a twentieth of the state is lost between chunks"),
-    pytest.param(
-        delta_program,
-        "_decays",
-        lambda right: lambda *a: jnp.maximum(right(*a), 0.2),
-        id="what comes after a step is seen",
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        delta_program,
-        "split",
-        lambda right: _one_term,
-        id="what is left of a write counts whole",
-        marks=pytest.mark.slow,
-    ),
-]
+WRONG = {
+    "a twentieth of the state is lost between chunks": (delta_solve, "gates_of", _lost),
+    "what comes after a step is seen": (delta_program, "_decays", lambda right: lambda *a: jnp.maximum(right(*a), 0.2)),
+    "what is left of a write counts whole": (delta_program, "split", lambda right: _one_term),
+}
 
 
 @interpreted
-@pytest.mark.parametrize(("module", "name", "wrong"), WRONG)
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "name", "wrong"), WRONG.values(), ids=WRONG)
 def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a control of the test above."""
     arrays = inputs(66, 64, 64, batch=1, dtype=jnp.bfloat16)
@@ -130,10 +119,16 @@ def gradients(*arrays: Any, save: bool = False) -> Any:
 
 @pytest.mark.parametrize("shape", [*REAL[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in REAL[1:])], ids=str)
 def test_the_kernels_lower_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
-    """Inverses and a walk forward; inverses, a walk and gradients backward, after those two again unless kept."""
-    arrays = shapes("per head", *shape, "bfloat16")
-    assert gpu_kernels_of(gradients, *arrays) == 7
-    assert gpu_kernels_of(functools.partial(gradients, save=True), *arrays) == 5
+    """Inverses and a walk forward; backward those two again, then inverses, a walk and gradients."""
+    assert gpu_kernels_of(gradients, *shapes("per head", *shape, "bfloat16")) == 7
+
+
+@pytest.mark.slow
+def test_fewer_kernels_run_where_states_are_kept() -> None:
+    """The backward pass has three of its own; and heads that share keys."""
+    query, key, *others = shapes("per head", *REAL[0], "bfloat16")
+    shared = [jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // 4, *x.shape[2:]), x.dtype) for x in (query, key)]
+    assert gpu_kernels_of(functools.partial(gradients, save=True), *shared, *others) == 5
 
 
 @pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product(common.SIZES, repeat=2)))
