@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import delta as tpu
-from kernels_pallas.gpu import common, delta_program, delta_solve
+from kernels_pallas.gpu import common, delta_program, delta_solve, walk
 from kernels_pallas.gpu.delta import chunk_delta, shared_memory
 from seqmodels import Segments
 from seqmodels.operators import delta_rule, kernels
@@ -80,7 +80,7 @@ def test_inverses_keep_sixteen_bits(stiff: bool) -> None:
 
 
 def _lost(right: Any) -> Any:
-    return lambda *a: right(*a).at[..., 2, -1].multiply(0.95)
+    return lambda *a: right(*a).at[..., walk.CARRIED, -1].multiply(0.95)
 
 
 def _one_term(pair: Any, values: Any) -> None:
@@ -100,7 +100,7 @@ WRONG = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "wrong"), WRONG.values(), ids=WRONG)
 def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a control of the test above."""
+    """As a control of the first test."""
     arrays = inputs(66, 64, 64, batch=1, dtype=jnp.bfloat16)
     arrays[4], arrays[6] = jnp.full_like(arrays[4], -0.001), jnp.zeros_like(arrays[6])
     found = jax.jit(tpu.reference)(*(x.astype(jnp.float32) for x in arrays[:6]), arrays[6])
