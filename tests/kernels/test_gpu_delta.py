@@ -21,9 +21,9 @@ from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of, in_flo
 from tests.kernels.test_delta import NAMES, REAL, inputs, shapes
 from tests.kernels.test_gpu_outer import BFLOAT16, interpreted, strictly
 
-# Where a chunk's writes turn each other round, their sums cancel, and more than an inverse's 16 bits: the TPU's kernel,
-# which rounds alike, is off by as much (out by 3e-2, d log_decay, the sum of what cancels, by 1e-1).
-STIFF = 0.1
+# Where a chunk's writes turn each other round, their sums cancel, those of d log_decay most. What is lost is that of
+# bfloat16 scores, states and writes: the TPU's kernel is off by as much on the same arrays.
+STIFF, STIFF_DECAY = 5e-2, 1e-1
 # Of an inverse in two terms of bfloat16 (16 bits, 2e-5) through five levels of products, relative to its largest entry:
 # where it is near the identity, and where it is furthest from that.
 INVERSE, STIFF_INVERSE = 2e-5, 2e-3
@@ -57,7 +57,9 @@ def test_the_kernels_equal_the_recurrence_in_float64(
     found = jax.jit(functools.partial(pulled, run))(*arrays[:6])
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in arrays[:6])]
     right = in_float64(lambda *a: tpu.reference(*a, arrays[6]), *arrays[:6], how=pulled)
-    assert_same(NAMES, found, right, STIFF if stiff else BFLOAT16)
+    for name, x, y in zip(NAMES, found, right, strict=True):
+        cancelled = STIFF_DECAY if name == "d log_decay" else STIFF
+        assert_same((name,), [x], [y], cancelled if stiff else BFLOAT16)
 
 
 @interpreted
