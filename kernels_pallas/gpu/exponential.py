@@ -179,7 +179,9 @@ def _backward(form: Form, interpret: Any, residuals: Any, gradients: Any) -> Any
     d_first, dn, dc = jnp.zeros_like(d_log_max), of_key["normalisers"][:, :, 0], of_value["last"]
     if form.stabilised:
         flowing = lambda n, c, dn, dc: jnp.sum(n * dn, axis=2) + jnp.sum(c * dc, axis=(2, 3))
-        d_max = (-form.eps * ratio * of_out).at[..., -1].add(d_log_max - flowing(*last[1:], d_normaliser, d_memory))
+        d_max = (
+            (-form.eps * ratio * of_out).at[..., -1].add(d_log_max - flowing(last[1], last[2], d_normaliser, d_memory))
+        )
         d_max = _from_later(jnp.where(steps.log_max == -jnp.inf, 0, d_max), steps.carried)
         d_before = jnp.where(steps.carried, d_max, 0)
         d_input += d_max - d_before
