@@ -15,6 +15,7 @@ from experiments.bench import training
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.mark.slow
 def test_a_row_says_how_fast_and_how_much_is_outside_products(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
