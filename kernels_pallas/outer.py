@@ -82,12 +82,13 @@ def chunk_outer(
 
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
-    """What the forward and the backward kernel hold: blocks twice (one is copied while one is used), states, scores."""
+    """What they hold: blocks twice (one is copied as one is used), states, scores, keys and values in float32."""
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     gates = 2 * 8 * chunk * 4  # rows of eight sublanes: decays and documents
-    forward = 2 * ((2 * keys + 2 * values) * item + gates) + 5 * state + 4 * scores
+    forward = 2 * ((2 * keys + 2 * values) * item + gates) + 5 * state + 4 * scores + 4 * 4 * (keys + values)
     backward = 2 * ((2 * keys + 2 * values) * item + 4 * (2 * keys + values) + 2 * gates) + 7 * state + 6 * scores
+    backward += 12 * 4 * (keys + values)
     return {"forward": forward, "backward": backward}
 
 

@@ -24,6 +24,9 @@ from seqmodels.typing import Segments
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 STATES = 2e9  # bytes of elements that an associative scan may hold at once: with its copies several times that
 SLOW = 1e7  # entries that the chunk form of a recurrence without products takes a minute for on a CPU
+# XLA multiplies small matrices of a batch one after the other, on one core: a device a core leaves none without work.
+PER_CORE = "XLA chunked, a device a core"
+HEADS = PartitionSpec(None, None, "heads")
 
 
 class Shape(NamedTuple):
@@ -215,12 +218,8 @@ def _functions(family: Family, shape: Shape, segments: Segments | None) -> dict[
     return found
 
 
-# XLA multiplies small matrices of a batch one after the other, on one core: a device a core leaves none without work.
-PER_CORE = "XLA chunked, a device a core"
-HEADS = PartitionSpec(None, None, "heads")
-
-
 def _mesh() -> Mesh:
+    """All devices, over which heads are divided."""
     return jax.make_mesh((jax.device_count(),), ("heads",), axis_types=(AxisType.Auto,))
 
 

@@ -29,8 +29,10 @@ DOWN, ALONG = TILE.reduce(1), TILE.reduce(0)  # those of one number a row, and o
 INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # jax < 0.11
 
 
-def refusal(kinds: Mapping[str, Any], sizes: Mapping[str, int]) -> str | None:
-    """Why the kernels do not take arrays of these types and heads of these sizes; None where they do."""
+def refused(query: Any, key: Any, value: Any) -> str | None:
+    """Why the kernels do not take these arrays, of any order of heads and steps; None where they do."""
+    kinds = {"query": query.dtype, "key": key.dtype, "value": value.dtype}
+    sizes = {"that of keys": query.shape[3], "that of values": value.shape[3]}
     wrong = [f"{name} is {jnp.dtype(kind)}" for name, kind in kinds.items() if kind != jnp.bfloat16]
     wrong += [f"{name} is {size}" for name, size in sizes.items() if size not in SIZES]
     takes = f"the kernel for GPUs takes bfloat16 and heads of {', '.join(map(str, SIZES))}"

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from kernels_pallas.chunks import whole_chunks
 from kernels_pallas.delta_run import check
 from kernels_pallas.gpu import delta_grad, delta_solve, delta_walk
-from kernels_pallas.gpu.common import CHUNK, refusal, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, refused, shared_bytes, starts_of
 from kernels_pallas.gpu.delta_grad import gates_gradient, gradients
 from kernels_pallas.gpu.delta_solve import inverses, strengths_and_gates
 from kernels_pallas.gpu.delta_walk import walk
@@ -62,12 +62,6 @@ def chunk_delta(
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     out, state = run(save_states, interpret, swap(query), swap(key), swap(value), beta, log_decay, state, segment)
     return swap(out), state
-
-
-def refused(query: Any, key: Any, value: Any) -> str | None:
-    """Why the kernels do not take these arrays, of any order of heads and steps; None where they do."""
-    kinds = {"query": query.dtype, "key": key.dtype, "value": value.dtype}
-    return refusal(kinds, {"that of keys": query.shape[3], "that of values": value.shape[3]})
 
 
 def shared_memory(key_size: int, value_size: int) -> dict[str, int]:

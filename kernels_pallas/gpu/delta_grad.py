@@ -35,7 +35,7 @@ from kernels_pallas.gpu.common import (
     turned,
 )
 from kernels_pallas.gpu.delta_solve import BETA, before
-from kernels_pallas.gpu.walk import CARRIED, WEIGHT, _decays
+from kernels_pallas.gpu.walk import CARRIED, WEIGHT, chunk_decays
 
 
 def scratch_of(width: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _program(heads: int, blocks: int, refs: SimpleNamespace) -> None:
     def scores(own_p: Any, own_c: Any) -> Any:
         plgpu.wgmma(own_p, refs.do, turned(refs.es))
         plgpu.wgmma(own_c, refs.dv, turned(refs.es))
-        decay = _decays(g, False) * by_columns(read(g.at[BETA], ALONG), CHUNK)
+        decay = chunk_decays(g, False) * by_columns(read(g.at[BETA], ALONG), CHUNK)
         return own_p[...] * decay, -own_c[...] * before(*places(), decay)
 
     def reads(scored: Any, values: Any, own: Any, carried: Any) -> Any:

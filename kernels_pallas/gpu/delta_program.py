@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, read_far, turned
 from kernels_pallas.gpu.delta_solve import multiply, split
-from kernels_pallas.gpu.walk import NARROW, _decays
+from kernels_pallas.gpu.walk import NARROW, chunk_decays
 
 
-class Program:
+class Program(abc.ABC):
     """What the programs of both walks do; `refs` by name: inputs, outputs and scratch of `delta_walk.walk`."""
 
     backward = False
@@ -43,9 +44,9 @@ class Program:
             refs.last[self.row, self.head, part, self.columns] = values
         plgpu.wait_smem_to_gmem(0)
 
+    @abc.abstractmethod
     def step(self, n: Any, state: Any) -> Any:
         """The n-th chunk: from the state before it to the one after it."""
-        raise NotImplementedError
 
     def at(self, n: Any) -> Any:
         """The chunk that comes n-th."""
@@ -81,7 +82,7 @@ class Program:
             plgpu.wgmma(scores, left, turned(right))
             for carried in sums:
                 plgpu.wgmma(carried, keys, refs.held)
-            decay = _decays(g, self.backward)
+            decay = chunk_decays(g, self.backward)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the chunk before put out
             return scores[...] * decay, *(carried[...] for carried in sums)
 

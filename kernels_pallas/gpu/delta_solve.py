@@ -29,7 +29,7 @@ from kernels_pallas.gpu.common import (
     tile,
     turned,
 )
-from kernels_pallas.gpu.walk import _decays, gates_of
+from kernels_pallas.gpu.walk import chunk_decays, gates_of
 
 BETA = 4  # the row of strengths, after those of `gates_of`
 
@@ -85,7 +85,7 @@ def inverses(key: Any, gates: Any, by_row: bool, interpret: Any) -> jax.Array:
 
         def lower(scores: Any) -> Any:
             plgpu.wgmma(scores, keys, turned(keys))
-            decay = before(row, column, _decays(gs, False))
+            decay = before(row, column, chunk_decays(gs, False))
             beta = gs.at[BETA]
             wide = by_rows(read(beta, DOWN), CHUNK) if by_row else by_columns(read(beta, ALONG), CHUNK)
             return scores[...] * (decay * wide)

@@ -30,9 +30,8 @@ from jax import lax
 from kernels_pallas.chunks import whole_chunks
 from kernels_pallas.exponential import State, check
 from kernels_pallas.exponential_kernels import Form
-from kernels_pallas.gpu.common import CHUNK, LOWEST, chunks_of, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, LOWEST, chunks_of, refused, shared_bytes, starts_of
 from kernels_pallas.gpu.exponential_walk import D_KEY, D_QUERY, D_VALUE, OUT, more_of, scratch
-from kernels_pallas.gpu.outer import refused
 from kernels_pallas.gpu.walk import WEIGHT, Walk, gates_of, walk
 
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.chunks import whole_chunks
-from kernels_pallas.gpu.common import CHUNK, refusal, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, refused, shared_bytes, starts_of
 from kernels_pallas.gpu.walk import Walk, gates_of, scratch_of, walk
 from kernels_pallas.outer import check
 
@@ -63,12 +63,6 @@ def chunk_outer(
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     out, state = run(interpret, swap(query), swap(key), swap(value), log_decay, state, segment)
     return swap(out), state
-
-
-def refused(query: Any, key: Any, value: Any) -> str | None:
-    """Why the kernel does not take these arrays, of any order of heads and steps; None where it does."""
-    kinds = {"query": query.dtype, "key": key.dtype, "value": value.dtype}
-    return refusal(kinds, {"that of keys": query.shape[3], "that of values": value.shape[3]})
 
 
 def shared_memory(key_size: int, value_size: int) -> dict[str, int]:

@@ -33,8 +33,7 @@ from jax import lax
 
 from kernels_pallas.chunks import whole_chunks
 from kernels_pallas.gpu import carry, pairs
-from kernels_pallas.gpu.common import CHUNK, LOWEST, shared_bytes, starts_of
-from kernels_pallas.gpu.outer import refused
+from kernels_pallas.gpu.common import CHUNK, LOWEST, refused, shared_bytes, starts_of
 from kernels_pallas.outer import check
 
 OUT = carry.Carry("out", out=True, last=True)

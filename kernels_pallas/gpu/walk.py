@@ -163,7 +163,7 @@ class Program:
 
     def decays(self, slot: Any) -> Any:
         """What scores become P by: M, where they are multiplied by it alone."""
-        return _decays(self.refs.gs.at[slot], self.kind.backward)
+        return chunk_decays(self.refs.gs.at[slot], self.kind.backward)
 
     def scored(self, slot: Any, scores: Any, decays: Any) -> Any:
         """P."""
@@ -289,7 +289,7 @@ class Program:
         pl.when(n + 1 < self.chunks)(lambda: self.bring_late(n + 1))
 
 
-def _decays(g: Any, backward: bool) -> Any:
+def chunk_decays(g: Any, backward: bool) -> Any:
     """M of a chunk, or M turned, from its gates."""
     down, along = ([read(g.at[i], layout) for i in (HIGH, LOW)] for layout in (DOWN, ALONG))
     high, low = (by_rows(c, CHUNK) - by_columns(r, CHUNK) for c, r in zip(down, along, strict=True))

@@ -16,7 +16,7 @@ from seqmodels.scan.recurrence import settle, take
 from seqmodels.typing import Segments
 
 METHODS = ("auto", "sequential", "associative", "chunked", "pallas")
-SPAN_BYTES = 2**25  # inputs that a CPU works on at once: what comes of them stays in its cache
+SPAN_BYTES = 2**25  # inputs that a CPU works on at once: with fewer some families get slower, with more memory grows
 
 
 def check_method(method: str, chunk: int | None = None, *, also: tuple[str, ...] = ()) -> None:

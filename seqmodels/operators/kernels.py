@@ -31,6 +31,7 @@ from seqmodels.operators.family import check_method
 from seqmodels.typing import Segments
 
 VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of a TPU's default limit, a fifth left to the compiler
+NUMBERS = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
 
 
@@ -67,6 +68,18 @@ def _serve(
             raise ValueError(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
 
 
+def _of_matrices(query: Array, key: Array, value: Array, on_gpu: bool) -> dict[str, bool]:
+    """Reasons of the kernels that multiply matrices, for `_serve`."""
+    kinds = {x.dtype for x in (query, key, value)}
+    told = ", ".join(sorted(map(str, kinds)))
+    narrow = gpu.refused(query, key, value) if on_gpu else None
+    unlike = len(kinds) > 1 or not kinds <= NUMBERS
+    return {
+        f"query, key and value are of one type, bfloat16 or float32, not {told}": unlike,
+        f"{narrow}": narrow is not None,
+    }
+
+
 def _empty(x: Array, segments: Segments | None) -> Array:
     """Zeros on padding."""
     return x if segments is None else jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, 0)
@@ -75,6 +88,14 @@ def _empty(x: Array, segments: Segments | None) -> Array:
 def _documents(segments: Segments | None, shape: tuple[int, ...]) -> Array:
     """[B, T]: 0 as long as the state goes on, one more with every start."""
     return jnp.zeros(shape, jnp.int32) if segments is None else jnp.cumsum(segments.start, axis=1, dtype=jnp.int32)
+
+
+def _decays_and_state(key: Array, value: Array, log_decay: Array | None, state: Array | None) -> tuple[Array, Array]:
+    """In float32; no decays and an empty state where they are None."""
+    batch, _, heads, size = value.shape
+    log_decay = jnp.zeros(value.shape[:3]) if log_decay is None else log_decay
+    state = jnp.zeros((batch, heads, key.shape[-1], size)) if state is None else state
+    return log_decay.astype(jnp.float32), state.astype(jnp.float32)
 
 
 def outer(
@@ -96,27 +117,15 @@ def outer(
     """
     per_key = log_decay is not None and log_decay.ndim == 4
     own = on_hopper() and bonus is None
-    narrow = gpu_outer.refused(query, key, value) if own else None
-    kinds = {x.dtype for x in (query, key, value)}
-    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
-    told = ", ".join(sorted(map(str, kinds)))
-    reasons = {
-        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
-        f"{narrow}": narrow is not None,
-    }
     hopper = gpu.CHUNK if bonus is None else None
-    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
-    batch, length, heads, size = value.shape
-    if log_decay is None:
-        log_decay = jnp.zeros((batch, length, heads), jnp.float32)
-    if state is None:
-        state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
+    _serve("outer", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
+    log_decay, state = _decays_and_state(key, value, log_decay, state)
     if bonus is not None and not per_key:
         log_decay = jnp.broadcast_to(log_decay[..., None], (*log_decay.shape, key.shape[-1]))
-    given = (query, key, value, log_decay.astype(jnp.float32))
+    given = (query, key, value, log_decay)
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
-    documents = _documents(segments, (batch, length))
-    arrays = (q, k, v, g, state.astype(jnp.float32), documents)
+    documents = _documents(segments, value.shape[:2])
+    arrays = (q, k, v, g, state, documents)
     if own and per_key:
         out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET)
     elif own:
@@ -136,7 +145,7 @@ def diagonal(
     chunk: int | None,
     sequence_axis: str | None,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
-    """`diagonal_scan` by `linear_scan` for TPUs or for GPUs. Raises ValueError where neither can serve, and why."""
+    """`diagonal_scan` by `linear_scan`, for TPUs or Hopper GPUs. Raises ValueError where neither can serve, and why."""
     kind = jnp.result_type(log_decay, drive, jnp.float32)
     reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
     _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_linear.STEPS)
@@ -169,25 +178,13 @@ def delta(
     """
     per_key = log_decay is not None and log_decay.ndim == 4
     own = on_hopper() and not per_key
-    narrow = gpu_delta.refused(query, key, value) if own else None
-    kinds = {x.dtype for x in (query, key, value)}
-    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
-    told = ", ".join(sorted(map(str, kinds)))
-    reasons = {
-        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
-        f"{narrow}": narrow is not None,
-    }
     hopper = None if per_key else gpu.CHUNK
-    _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
-    batch, length, heads, size = value.shape
-    if log_decay is None:
-        log_decay = jnp.zeros((batch, length, heads), jnp.float32)
-    if state is None:
-        state = jnp.zeros((batch, heads, key.shape[-1], size), jnp.float32)
-    given = (query, key, value, beta.astype(jnp.float32), log_decay.astype(jnp.float32))
+    _serve("delta", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
+    log_decay, state = _decays_and_state(key, value, log_decay, state)
+    given = (query, key, value, beta.astype(jnp.float32), log_decay)
     q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
-    documents = _documents(segments, (batch, length))
-    arrays = (q, k, v, strength, g, state.astype(jnp.float32), documents)
+    documents = _documents(segments, value.shape[:2])
+    arrays = (q, k, v, strength, g, state, documents)
     if own:
         out, state = gpu_delta.chunk_delta(*arrays, False, INTERPRET)
     else:
@@ -214,16 +211,11 @@ def exponential(
     Raises ValueError where that cannot serve, and why.
     """
     own = on_hopper()
-    narrow = gpu_exponential.refused(query, key, value) if own else None
-    kinds = {x.dtype for x in (query, key, value)}
-    known = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
-    told = ", ".join(sorted(map(str, kinds)))
     sizes = (key.shape[-1], value.shape[-1])
     held = 0 if own else max(exponential_bytes(*sizes, chunk or CHUNK, query.dtype).values())
     reasons = {
-        f"query, key and value are of one type, bfloat16 or float32, not {told}": len(kinds) > 1 or kinds - known,
+        **_of_matrices(query, key, value, own),
         f"heads of {sizes[0]} keys and {sizes[1]} values take {held} bytes of VMEM, more than {VMEM:.0f}": held > VMEM,
-        f"{narrow}": narrow is not None,
     }
     _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     if segments is not None:  # nothing is written
@@ -256,7 +248,7 @@ def selective(
     kinds = {y.dtype for y in (x, dt, b, c)}
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
-        f"x, dt, b and c are bfloat16 or float32, not {told}": kinds - {jnp.dtype("bfloat16"), jnp.dtype("float32")},
+        f"x, dt, b and c are bfloat16 or float32, not {told}": not kinds <= NUMBERS,
         f"a is float32 at most, not {a.dtype}": jnp.promote_types(a.dtype, jnp.float32) != jnp.float32,
     }
     _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_selective.STEPS)

@@ -92,10 +92,11 @@ def selective_scan(
     A is finite and <= 0, dt >= 0. y has the type of x, the state is at least float32. `segments` None: one document a
     row, which continues `state`. With `sequence_axis`, inside `shard_map`, T is this device's span.
 
-    Elements of [D, N] are made inside a chunk of C steps (`chunk`, 64 by default) and made again in the backward pass,
-    which keeps one state a chunk: beside what comes in and goes out, a forward pass holds O(1) states [B, D, N] and a
-    training step T/C + C of them, 4 B D N (T/C + C) bytes, instead of T. `sequential` is what `auto` runs on CPU;
-    `chunked` holds C elements instead of one; only `associative`, where it is asked for, holds all T.
+    Elements of [D, N] are made inside a chunk of C steps (`chunk`, 64 by default; kernels have their own) and made
+    again in the backward pass, which keeps one state a chunk: beside what comes in and goes out, a forward pass holds
+    O(1) states [B, D, N] and a training step T/C + C of them, 4 B D N (T/C + C) bytes, instead of T. `sequential` is
+    what `auto` runs on CPU; `chunked` holds C elements instead of one; only `associative`, where it is asked for, holds
+    all T.
     Raises ValueError on shapes that do not fit.
     """
     batch, length, channels = x.shape

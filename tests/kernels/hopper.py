@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 from jax.experimental.mosaic.gpu import dialect
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tests.kernels.common import H100
+from seqmodels import Segments
+from seqmodels.operators import kernels
+from tests.kernels.common import A100, H100
 
 ALONE, SHARED = 227 * 1024, 113 * 1024  # bytes of a multiprocessor's memory that one block, and each of two, can have
-RUNS = jax.__version_info__ >= (0, 12)
-# Memory that was not written is NaN, reads out of bounds raise (but TMA's, which give zeros), and so do races.
-STRICT = plgpu.InterpretGPUParams(detect_races=True) if RUNS else None
+RUNS = hasattr(plgpu, "InterpretGPUParams")
+STRICT: Any = None
+if RUNS:  # memory that was not written is NaN, reads out of bounds raise (but TMA's, which give zeros), and so do races
+    STRICT = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 interpreted = pytest.mark.skipif(not RUNS, reason="jax before 0.12 does not interpret plgpu.kernel on a CPU")
+
+
+def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on families take programs to be made for a Hopper GPU, and interpret its kernels."""
+    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
+    monkeypatch.setattr(kernels, "INTERPRET", STRICT)
+
+
+def packed() -> tuple[Segments, Callable[[jax.Array], jax.Array]]:
+    """Documents in two rows of 20 steps, two of which are padding, and what makes the padding of [2, 20, ...] NaN."""
+    start = np.zeros((2, 20), bool)
+    start[0, [0, 7, 8]], start[1, 18] = True, True
+    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
+    return segments, lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+
+
+def assert_it_says_why_not(run: Callable[..., Any], shaped: Callable[..., Any]) -> None:
+    """`run(arrays, chunk=)` is a family's call with `method="pallas"`, `shaped(type, head size)` its arrays."""
+    narrow = jnp.bfloat16
+    refused: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (H100, shaped(jnp.float32, 64), {}, "takes bfloat16 and heads of 64, 128, 256, but query is float32"),
+        (H100, shaped(narrow, 32), {}, "but that of keys is 32 and that of values is 32"),
+        (H100, shaped(narrow, 64), {"chunk": 128}, "chunks are of 64 steps, not 128"),
+        (A100, shaped(narrow, 64), {}, "for TPUs and Hopper GPUs, and this is made for NVIDIA A100"),
+    ]
+    for mesh, arrays, changes, told in refused:
+        with pytest.raises(ValueError, match=told), jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(functools.partial(run, **changes), arrays)
 
 
 def shared_memory_of(run: Callable[..., Any], *shapes: Any) -> list[int]:

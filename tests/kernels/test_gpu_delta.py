@@ -15,11 +15,11 @@ import pytest
 from kernels_pallas import delta as tpu
 from kernels_pallas.gpu import common, delta_program, delta_solve, walk
 from kernels_pallas.gpu.delta import chunk_delta, shared_memory
-from seqmodels import Segments
-from seqmodels.operators import delta_rule, kernels
-from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of, in_float64, pulled
+from seqmodels.operators import delta_rule
+from tests.kernels.common import H100, assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
 from tests.kernels.test_delta import NAMES, REAL, inputs, shapes
-from tests.kernels.test_gpu_outer import BFLOAT16, interpreted, strictly
+from tests.kernels.test_gpu_outer import BFLOAT16
 
 # Where a chunk's writes turn each other round, their sums cancel, those of d log_decay most. What is lost is that of
 # bfloat16 scores, states and writes: the TPU's kernel is off by as much on the same arrays.
@@ -53,7 +53,7 @@ def test_the_kernels_equal_the_recurrence_in_float64(
 ) -> None:
     """Outputs, the state, and all gradients, strictly; two heads share their keys."""
     arrays = inputs(length, key_size, value_size, batch=batch, dtype=jnp.bfloat16, stiff=stiff)
-    run = lambda *a: chunk_delta(*a, arrays[6], save, strictly())
+    run = lambda *a: chunk_delta(*a, arrays[6], save, STRICT)
     found = jax.jit(functools.partial(pulled, run))(*arrays[:6])
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in arrays[:6])]
     right = in_float64(lambda *a: tpu.reference(*a, arrays[6]), *arrays[:6], how=pulled)
@@ -73,7 +73,7 @@ def test_inverses_keep_sixteen_bits(stiff: bool) -> None:
     k, strength = np.asarray(key[0, 0], np.float64), np.asarray(beta[0], np.float64)
     scores = (k @ k.T) * np.tril(np.exp(np.tril(sums[:, :, None] - sums[:, None, :])), -1)
     for by_row in (True, False):
-        found = jax.jit(lambda *a, by_row=by_row: delta_solve.inverses(*a, by_row, strictly()))(
+        found = jax.jit(lambda *a, by_row=by_row: delta_solve.inverses(*a, by_row, STRICT))(
             jnp.swapaxes(key, 1, 2), gates
         )
         right = np.linalg.inv(np.eye(64) + scores * (strength[:, :, None] if by_row else strength[:, None, :]))
@@ -93,7 +93,11 @@ def _one_term(pair: Any, values: Any) -> None:
 
 WRONG = {
     "a twentieth of the state is lost between chunks": (delta_solve, "gates_of", _lost),
-    "what comes after a step is seen": (delta_program, "_decays", lambda right: lambda *a: jnp.maximum(right(*a), 0.2)),
+    "what comes after a step is seen": (
+        delta_program,
+        "chunk_decays",
+        lambda right: lambda *a: jnp.maximum(right(*a), 0.2),
+    ),
     "what is left of a write counts whole": (delta_program, "split", lambda right: _one_term),
 }
 
@@ -106,7 +110,7 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     arrays = inputs(66, 64, 64, batch=1, dtype=jnp.bfloat16)
     arrays[4], arrays[6] = jnp.full_like(arrays[4], -0.001), jnp.zeros_like(arrays[6])
     found = jax.jit(tpu.reference)(*(x.astype(jnp.float32) for x in arrays[:6]), arrays[6])
-    run = lambda: jax.jit(lambda *a: chunk_delta(*a, False, strictly()))(*arrays)
+    run = lambda: jax.jit(lambda *a: chunk_delta(*a, False, STRICT))(*arrays)
     assert_same(NAMES, run(), found, BFLOAT16)
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     with pytest.raises(AssertionError):
@@ -163,15 +167,11 @@ def called(dtype: Any = jnp.bfloat16, size: int = 64, *, per_key: bool = False) 
 @pytest.mark.parametrize("decays", [True, False])
 def test_the_family_calls_it_on_a_hopper(decays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `sequential` has them; with a decay and with none."""
-    start = np.zeros((2, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    segments, poison = packed()
     arrays = {name: poison(x) for name, x in called().items() if decays or name != "log_decay"}
     run = lambda method: jax.jit(functools.partial(delta_rule, segments=segments, method=method))(**arrays)
     right = run("sequential")
-    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
-    monkeypatch.setattr(kernels, "INTERPRET", strictly())
+    pretend_hopper(monkeypatch)
     found = run("pallas")
     assert_same(("out", "state"), found, right, BFLOAT16)
     chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
@@ -179,15 +179,9 @@ def test_the_family_calls_it_on_a_hopper(decays: bool, monkeypatch: pytest.Monke
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
     shaped = lambda *a, **how: jax.eval_shape(functools.partial(called, *a, **how))
-    run = lambda changes, arrays: delta_rule(**arrays, **changes, method="pallas")
-    assert gpu_kernels_of(functools.partial(run, {}), shaped()) == 2
-    refused: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (H100, shaped(jnp.float32), {}, "takes bfloat16 and heads of 64, 128, 256, but query is float32"),
-        (H100, shaped(size=32), {}, "but that of keys is 32 and that of values is 32"),
-        (H100, shaped(), {"chunk": 128}, "chunks are of 64 steps, not 128"),
-        (H100, shaped(per_key=True), {}, "the kernel is for TPUs, and this is made for NVIDIA H100"),
-        (A100, shaped(), {}, "for TPUs and Hopper GPUs, and this is made for NVIDIA A100"),
-    ]
-    for mesh, arrays, changes, told in refused:
-        with pytest.raises(ValueError, match=told), jax.sharding.use_abstract_mesh(mesh):
-            jax.eval_shape(functools.partial(run, changes), arrays)
+    run = lambda arrays, **changes: delta_rule(**arrays, **changes, method="pallas")
+    assert gpu_kernels_of(run, shaped()) == 2
+    assert_it_says_why_not(run, shaped)
+    told = "the kernel is for TPUs, and this is made for NVIDIA H100"
+    with pytest.raises(ValueError, match=told), jax.sharding.use_abstract_mesh(H100):
+        jax.eval_shape(run, shaped(per_key=True))

@@ -16,13 +16,12 @@ from kernels_pallas.gpu import common, exponential_walk
 from kernels_pallas.gpu import exponential as gpu
 from kernels_pallas.gpu.exponential import chunk_exponential, chunk_sigmoid, shared_memory
 from kernels_pallas.gpu.walk import CARRIED
-from seqmodels import Segments
-from seqmodels.operators import kernels, mlstm_scan
+from seqmodels.operators import mlstm_scan
 from seqmodels.operators.exponential import ExponentialState
 from tests.kernels import test_exponential as tpu
-from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of
+from tests.kernels.common import assert_same, gpu_kernels_of
+from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
 from tests.kernels.test_exponential import EPS, FORMS, NAMES, expected, graded, shapes
-from tests.kernels.test_gpu_outer import interpreted, strictly
 
 # bfloat16 keeps 8 bits (4e-3) of scores, weighted values and states in every product, and of the outputs.
 BFLOAT16 = 2e-2
@@ -101,7 +100,7 @@ def test_the_kernel_equals_the_recurrence_in_float64(
 ) -> None:
     """Outputs, the state, and all gradients, strictly."""
     arrays = inputs(kind, length, key_size, value_size, heads, gates)
-    kernel = lambda *a: run(kind, *a, arrays[8], interpret=strictly())
+    kernel = lambda *a: run(kind, *a, arrays[8], interpret=STRICT)
     found = jax.jit(functools.partial(graded, kernel))(*arrays[:8])
     assert [x.dtype for x in found[:4]] == [jnp.bfloat16, *[jnp.float32] * 3]
     assert [x.dtype for x in found[4:]] == [x.dtype for x in arrays[:8]]
@@ -146,7 +145,7 @@ def test_a_kernel_that_is_wrong_is_found(
     arrays = inputs("exponential", 66, 64, 64, 1)
     arrays = [x[1:] for x in arrays]
     arrays[4] = jnp.full_like(arrays[4], -0.001)
-    kernel = lambda *a: run("exponential", *a, arrays[8], interpret=strictly())
+    kernel = lambda *a: run("exponential", *a, arrays[8], interpret=STRICT)
 
     def found() -> Any:
         if told.startswith("d "):
@@ -218,11 +217,8 @@ def test_errors_say_what_the_kernel_takes(kind: str) -> None:
 def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as a loop over tokens has them."""
     *given, log_max, normaliser, memory, _ = inputs("exponential", 20, 64, 64, 1)
-    start = np.zeros((2, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), jnp.swapaxes(x, 1, 2), jnp.nan)
-    arrays = [*map(poison, given), log_max, normaliser, memory]
+    segments, poison = packed()
+    arrays = [*(poison(jnp.swapaxes(x, 1, 2)) for x in given), log_max, normaliser, memory]
 
     def gradients(method: str) -> Any:
         def scan(*a: Any) -> Any:
@@ -231,8 +227,7 @@ def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
         return jax.jit(functools.partial(graded, scan))(*arrays)
 
     right = gradients("sequential")
-    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
-    monkeypatch.setattr(kernels, "INTERPRET", strictly())
+    pretend_hopper(monkeypatch)
     found = gradients("pallas")
     check(
         "exponential",
@@ -244,16 +239,8 @@ def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
-    of = lambda *shape, dtype="float32": jax.ShapeDtypeStruct((1, 20, 2, *shape), dtype)
-    shaped = lambda size=64, dtype="bfloat16": [*[of(size, dtype=dtype)] * 3, of(), of()]
-    scan = functools.partial(mlstm_scan, method="pallas")
-    assert gpu_kernels_of(scan, *shaped()) == 1
-    refused = [
-        (H100, shaped(dtype="float32"), {}, "takes bfloat16 and heads of 64, 128, 256, but query is float32"),
-        (H100, shaped(size=32), {}, "but that of keys is 32 and that of values is 32"),
-        (H100, shaped(), {"chunk": 128}, "chunks are of 64 steps, not 128"),
-        (A100, shaped(), {}, "for TPUs and Hopper GPUs, and this is made for NVIDIA A100"),
-    ]
-    for mesh, arrays, changes, told in refused:
-        with pytest.raises(ValueError, match=told), jax.sharding.use_abstract_mesh(mesh):
-            jax.eval_shape(functools.partial(scan, **changes), *arrays)
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((1, 20, 2, *shape), dtype)
+    shaped = lambda dtype=jnp.bfloat16, size=64: [*[of(size, dtype=dtype)] * 3, of(), of()]
+    run = lambda arrays, **changes: mlstm_scan(*arrays, method="pallas", **changes)
+    assert gpu_kernels_of(run, shaped()) == 1
+    assert_it_says_why_not(run, shaped)

@@ -14,10 +14,9 @@ import pytest
 from kernels_pallas.gpu import linear
 from kernels_pallas.gpu.linear import linear_scan, shared_bytes
 from kernels_pallas.linear import reference
-from seqmodels import Segments
-from seqmodels.operators import diagonal_scan, kernels
+from seqmodels.operators import diagonal_scan
 from tests.kernels.common import A100, H100, assert_same, graded, in_float64
-from tests.kernels.hopper import SHARED, STRICT, interpreted, shared_memory_of
+from tests.kernels.hopper import SHARED, STRICT, interpreted, packed, pretend_hopper, shared_memory_of
 from tests.kernels.test_linear import BFLOAT16, FLOAT32, NAMES
 from tests.kernels.test_linear import inputs as arrays_of
 
@@ -105,13 +104,9 @@ def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, int, int
 def test_the_family_calls_it_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as a loop over tokens has them."""
     log_decay, drive, state, _ = inputs(20, 6)
-    start = np.zeros((2, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(segments.valid[..., None], x, jnp.nan)
+    segments, poison = packed()
     called: list[Any] = []
-    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
-    monkeypatch.setattr(kernels, "INTERPRET", STRICT)
+    pretend_hopper(monkeypatch)
     monkeypatch.setattr(linear, "linear_scan", lambda *a: called.append(a) or linear_scan(*a))
     run = lambda method: jax.jit(functools.partial(diagonal_scan, segments=segments, method=method))(
         poison(log_decay), poison(drive), state

@@ -11,27 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import outer as tpu
 from kernels_pallas.gpu import common, walk
 from kernels_pallas.gpu import outer as gpu
 from kernels_pallas.gpu.outer import chunk_outer, shared_memory
-from seqmodels import Segments
-from seqmodels.operators import gated_linear_attention, kernels
-from tests.kernels.common import A100, H100, assert_same, gpu_kernels_of, in_float64, pulled
+from seqmodels.operators import gated_linear_attention
+from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
 
 # bfloat16 keeps 8 bits (4e-3) of scores, weighted values and states in every product, and of the outputs.
 BFLOAT16 = 1e-2
 # Sums of gates in float32, of which exp is taken: 24 bits, twice.
 GATES = 2e-7
 NAMES = ("out", "state", "d query", "d key", "d value", "d log_decay", "d state")
-interpreted = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax < 0.12 cannot interpret them")
-
-
-def strictly() -> Any:
-    """Memory that was not written is NaN, reads out of bounds raise, and so do races."""
-    return plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 
 def inputs(length: int, key_size: int, value_size: int, *, batch: int, groups: int, heads: int) -> list[Any]:
@@ -72,7 +65,7 @@ def test_the_kernel_equals_the_recurrence_in_float64(
 ) -> None:
     """Outputs, the state, and all gradients, strictly."""
     arrays = inputs(length, key_size, value_size, batch=batch, groups=groups, heads=heads)
-    run = lambda *a: chunk_outer(*a, arrays[5], strictly())
+    run = lambda *a: chunk_outer(*a, arrays[5], STRICT)
     found = jax.jit(functools.partial(pulled, run))(*arrays[:5])
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in arrays[:5])]
     right = in_float64(lambda *a: tpu.reference(*a, arrays[5]), *arrays[:5], how=pulled)
@@ -88,7 +81,7 @@ WRONG = [
     ),
     pytest.param(
         walk,
-        "_decays",
+        "chunk_decays",
         lambda right: lambda *a: jnp.maximum(right(*a), 0.1),
         id="what comes after a step is seen",
         marks=pytest.mark.slow,
@@ -103,7 +96,7 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     arrays = inputs(66, 64, 64, batch=1, groups=1, heads=1)
     arrays[3], arrays[5] = jnp.full_like(arrays[3], -0.001), jnp.zeros_like(arrays[5])
     found = jax.jit(tpu.reference)(*(x.astype(jnp.float32) for x in arrays[:5]), arrays[5])
-    run = lambda: jax.jit(lambda *a: chunk_outer(*a, strictly()))(*arrays)
+    run = lambda: jax.jit(lambda *a: chunk_outer(*a, STRICT))(*arrays)
     assert_same(NAMES, run(), found, BFLOAT16)
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     with pytest.raises(AssertionError):
@@ -177,30 +170,18 @@ def called(dtype: Any = jnp.bfloat16, size: int = 64) -> list[Any]:
 @pytest.mark.slow
 def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `auto` has them."""
-    start = np.zeros((2, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    segments, poison = packed()
     arrays = [poison(x) for x in called()]
     run = lambda method: jax.jit(functools.partial(gated_linear_attention, segments=segments, method=method))(*arrays)
     right = run("sequential")
-    monkeypatch.setattr(kernels, "on_hopper", lambda: True)
-    monkeypatch.setattr(kernels, "INTERPRET", strictly())
+    pretend_hopper(monkeypatch)
     found = run("pallas")
     assert_same(("out", "state"), found, right, BFLOAT16)
     chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
 
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
-    shaped = lambda *a, **how: jax.eval_shape(functools.partial(called, *a, **how))
-    run = functools.partial(gated_linear_attention, method="pallas")
-    assert gpu_kernels_of(run, *shaped()) == 1
-    refused = [
-        (H100, shaped(jnp.float32), {}, "takes bfloat16 and heads of 64, 128, 256, but query is float32"),
-        (H100, shaped(size=32), {}, "but that of keys is 32 and that of values is 32"),
-        (H100, shaped(), {"chunk": 128}, "chunks are of 64 steps, not 128"),
-        (A100, shaped(), {}, "for TPUs and Hopper GPUs, and this is made for NVIDIA A100"),
-    ]
-    for mesh, arrays, changes, told in refused:
-        with pytest.raises(ValueError, match=told), jax.sharding.use_abstract_mesh(mesh):
-            jax.eval_shape(functools.partial(run, **changes), *arrays)
+    shaped = lambda *a: jax.eval_shape(functools.partial(called, *a))
+    run = lambda arrays, **changes: gated_linear_attention(*arrays, method="pallas", **changes)
+    assert gpu_kernels_of(run, shaped()) == 1
+    assert_it_says_why_not(run, shaped)
