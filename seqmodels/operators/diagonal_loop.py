@@ -41,15 +41,15 @@ def _put(x: Array, part: Array, step: Any) -> Array:
     return lax.dynamic_update_index_in_dim(x, part, step, axis=1)
 
 
-def _decay(log_decay: Array, reset: Array | None, step: Any) -> Array:
-    decay = jnp.exp(_at(log_decay, step))
-    return decay if reset is None else jnp.where(_at(reset, step)[:, None], 0, decay)
+def _unless_reset(x: Array, reset: Array | None, step: Any) -> Array:
+    """`x`, and zero where the recurrence starts again, whatever was there: a factor of zero would leave NaN."""
+    return x if reset is None else jnp.where(_at(reset, step)[:, None], 0, x)
 
 
 def _forward(log_decay: Array, drive: Array, state: Array, reset: Array | None) -> tuple[Array, Any]:
     def step(t: Any, carry: Any) -> Any:
         hidden, out = carry
-        hidden = _decay(log_decay, reset, t) * hidden + _at(drive, t)
+        hidden = jnp.exp(_at(log_decay, t)) * _unless_reset(hidden, reset, t) + _at(drive, t)
         return hidden, _put(out, hidden, t)
 
     out = lax.fori_loop(0, drive.shape[1], step, (state, _zeros(drive)))[1]
@@ -64,8 +64,8 @@ def _backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
         flowing, d_log, d_drive = carry
         t = last - n
         gradient = _at(d_out, t) + flowing
-        flowing = _decay(log_decay, reset, t) * gradient
-        before = jnp.where(t == 0, state, _at(out, jnp.maximum(t - 1, 0)))
+        flowing = _unless_reset(jnp.exp(_at(log_decay, t)) * gradient, reset, t)
+        before = _unless_reset(jnp.where(t == 0, state, _at(out, jnp.maximum(t - 1, 0))), reset, t)
         return flowing, _put(d_log, flowing * before, t), _put(d_drive, gradient, t)
 
     start = (_zeros(d_out[:, 0]), _zeros(d_out), _zeros(d_out))

@@ -59,6 +59,16 @@ def test_padding_may_hold_anything() -> None:
     chex.assert_trees_all_close(run("auto"), run("sequential"), rtol=FLOAT32, atol=FLOAT32)
 
 
+def test_a_document_takes_nothing_from_the_state_before_it() -> None:
+    """A state of NaN before a first token that starts a document: values and gradients are those from zeros."""
+    log_decay, drive, state, _ = inputs(9, 6)
+    told = Segments.whole(2, 9, fresh=True)
+    run = jax.jit(functools.partial(graded, functools.partial(diagonal_scan, segments=told)))
+    chex.assert_trees_all_equal(
+        run(log_decay, drive, jnp.full_like(state, jnp.nan)), run(log_decay, drive, jnp.zeros_like(state))
+    )
+
+
 def test_narrow_inputs_are_widened_and_a_wrong_state_is_named() -> None:
     log_decay, drive, state, _ = inputs(9, 6)
     found = diagonal_scan(log_decay.astype(jnp.bfloat16), drive.astype(jnp.bfloat16), state)
