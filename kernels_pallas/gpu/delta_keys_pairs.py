@@ -54,7 +54,10 @@ def weighed(interpret: Any, *inputs: Any) -> dict[str, jax.Array]:
     chunks = length // CHUNK
     square = (batch, heads, chunks, CHUNK, CHUNK)
     wide = jax.ShapeDtypeStruct(high.shape, jnp.bfloat16)
-    outputs = {"scores": jax.ShapeDtypeStruct(square, jnp.bfloat16), "mutual": jax.ShapeDtypeStruct(square, jnp.float32)}
+    outputs = {
+        "scores": jax.ShapeDtypeStruct(square, jnp.bfloat16),
+        "mutual": jax.ShapeDtypeStruct(square, jnp.float32),
+    }
     outputs |= {name: wide for name in ("late_query", "late_key", "early_key")}
     scratch = scratch_of_weighed(size)
     names = [*(f"far_{name}" for name in WEIGHED), *outputs, *scratch]
