@@ -1,13 +1,13 @@
 """`chunk_delta_keys` for GPUs: S = Diag(exp(g_t)) S_{t-1}, S_t = S + beta_t k_t (v_t - S^T k_t)^T, read as
 o_t = q_t^T S_t, with a decay per key.
 
-The equations of a chunk stand in `kernels_pallas/delta.py`. With P the scores of queries, A those of keys by later keys,
-Q_late and K_late decayed from the chunk's start, K_early to its end and b the decay over it, a chunk is
+The equations of a chunk stand in `kernels_pallas/delta.py`. With P the scores of queries, A those of keys by later
+keys, Q_late and K_late decayed from the chunk's start, K_early to its end and b the decay over it, a chunk is
 
     E = (I + A * beta)^-1 (V - K_late S), U = beta * E        O = P U + Q_late S        S' = Diag(b) S + K_early^T U
 
-so what goes from chunk to chunk knows no exponentials, as in `outer_keys.py`. Programs, all but the walks of each chunk
-by itself:
+so what goes from chunk to chunk knows no exponentials, as in `outer_keys.py`. Programs, all but the
+walks of each chunk by itself:
 
     weighed      P, A, Q_late, K_late, K_early                 delta_keys_pairs.py
     inverses     (I + A * beta)^-1, beta along columns         delta_solve.py

@@ -1,6 +1,6 @@
 """What a chunk of `chunk_delta_keys` needs without the states of other chunks: scores and weighted keys; and the
-gradients of queries, keys and gates, once the walks have kept the states S before each chunk, the gradients dS' of those
-after it, the errors E and the gradients dV of values.
+gradients of queries, keys and gates, once the walks have kept the states S before each chunk, the gradients dS' of
+those after it, the errors E and the gradients dV of values.
 
 Steps are paired as in `pairs.py`. Keys are read by queries and by later keys, over the same decays: a level has one
 exponential an entry, and two arrays, exp(..) Q and exp(..) K, the late rows of either times the early rows of the
@@ -54,11 +54,9 @@ def weighed(interpret: Any, *inputs: Any) -> dict[str, jax.Array]:
     chunks = length // CHUNK
     square = (batch, heads, chunks, CHUNK, CHUNK)
     wide = jax.ShapeDtypeStruct(high.shape, jnp.bfloat16)
-    outputs = {
-        "scores": jax.ShapeDtypeStruct(square, jnp.bfloat16),
-        "mutual": jax.ShapeDtypeStruct(square, jnp.float32),
-    }
-    outputs |= {name: wide for name in ("late_query", "late_key", "early_key")}
+    kinds = {"scores": jnp.bfloat16, "mutual": jnp.float32}
+    outputs = {name: jax.ShapeDtypeStruct(square, kind) for name, kind in kinds.items()}
+    outputs |= dict.fromkeys(("late_query", "late_key", "early_key"), wide)
     scratch = scratch_of_weighed(size)
     names = [*(f"far_{name}" for name in WEIGHED), *outputs, *scratch]
 

@@ -1,4 +1,4 @@
-"""The two walks of `chunk_delta_keys` over the chunks of heads: forward, and backward through the writes and the states.
+"""The two walks of `chunk_delta_keys` over the chunks of heads: forward, and backward through writes and states.
 
 As those of `delta_walk.py`, but that scores, and queries and keys with their decays, are given: the walks know no
 exponentials. With S what a program has before a chunk and X the chunk's inverse, forward:

@@ -1,4 +1,6 @@
-"""What the walks of `chunk_delta` and `chunk_delta_keys` do alike: copies, products with a chunk's inverse, the state's update, outputs."""
+"""What the walks of `chunk_delta` and `chunk_delta_keys` do alike: copies, products with a chunk's inverse, the state's
+update, outputs.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The inverses that `chunk_delta` and `chunk_delta_keys` need, of all chunks at once: X = (I + C * beta)^-1, with beta along rows or columns.
+"""The inverses that `chunk_delta` and `chunk_delta_keys` need, of all chunks at once: X = (I + C * beta)^-1, with beta
+along rows or columns.
 
-C, which is K K^T * M' or given, has nothing on or above its diagonal. X comes by doubling from blocks of 1, 2, 4 .. 32 steps, two
-products a level: with A the part of C * beta that leads from the first to the second block of a pair, X <- X - X A X.
-Products take bfloat16: factors are split into what it holds of them and what is left, which keeps 16 bits.
+C, which is K K^T * M' or given, has nothing on or above its diagonal. X comes by doubling from blocks of 1, 2, 4 .. 32
+steps, two products a level: with A the part of C * beta that leads from the first to the second block of a pair,
+X <- X - X A X. Products take bfloat16: factors are split into what it holds of them and what is left, which keeps 16
+bits.
 """
 
 from __future__ import annotations
