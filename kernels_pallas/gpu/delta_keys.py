@@ -6,8 +6,8 @@ keys, Q_late and K_late decayed from the chunk's start, K_early to its end and b
 
     E = (I + A * beta)^-1 (V - K_late S), U = beta * E        O = P U + Q_late S        S' = Diag(b) S + K_early^T U
 
-so what goes from chunk to chunk knows no exponentials, as in `outer_keys.py`. Programs, all but the
-walks of each chunk by itself:
+so what goes from chunk to chunk knows no exponentials, as in `outer_keys.py`. Programs, all but the walks of each chunk
+by itself:
 
     weighed      P, A, Q_late, K_late, K_early                 delta_keys_pairs.py
     inverses     (I + A * beta)^-1, beta along columns         delta_solve.py
@@ -20,8 +20,8 @@ walks of each chunk by itself:
 Types are those of `delta.py`: inverses and what they multiply are in two terms of bfloat16, and A is float32, though of
 bfloat16 factors where keys decay; S and K_late are bfloat16 where they are read. Log decays come as in `outer_keys.py`.
 
-On paper, for it has not run on a GPU: exponentials, 8 an entry of keys, are one set for queries and keys. To keep them
-out of the walks costs 6 K + 24 KiB a chunk of 64 steps and head to write, a third more than in `outer_keys.py`.
+On paper, for it has not run on a GPU: queries and keys share their exponentials, 8 an entry of keys. To keep those
+out of the walks is to write 384 K bytes and 24 KiB a chunk and head, 72 KiB where K is 128, beside 16 KiB of inverses.
 """
 
 from __future__ import annotations
