@@ -213,6 +213,7 @@ def gated_linear_attention(
         chunk=chunk,
         sequence_axis=sequence_axis,
         heads=over_heads,
+        in_blocks=True,
     )
     out = out.reshape(value.shape)
     if bonus is not None:
