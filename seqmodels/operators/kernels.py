@@ -28,6 +28,7 @@ from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
 from kernels_pallas.selective import selective_scan
 from seqmodels.operators.family import check_method
+from seqmodels.scan.auto import choose
 from seqmodels.typing import Segments
 
 VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of a TPU's default limit, a fifth left to the compiler
@@ -66,6 +67,26 @@ def _serve(
     for reason, holds in {**common, **reasons}.items():
         if holds:
             raise ValueError(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
+
+
+def prefer(
+    method: str,
+    family: str,
+    *scanned: Array,
+    sizes: tuple[int, ...],
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> str:
+    """`method`, or "pallas" where that is "auto", chunk and sharding are left to it, and the table names a kernel.
+
+    Families: outer and delta, outer_keys and delta_keys (decays of keys, or a bonus), exponential, diagonal, selective.
+    """
+    if method != "auto" or chunk is not None or sequence_axis is not None:
+        return method
+    dtype, length = jnp.result_type(*scanned), scanned[0].shape[1]
+    kind = device().device_kind
+    found = choose(matmul_form=True, length=length, family=family, device=kind, sizes=sizes, dtype=dtype)
+    return "pallas" if found == "pallas" else method
 
 
 def _of_matrices(query: Array, key: Array, value: Array, on_gpu: bool) -> dict[str, bool]:
