@@ -17,9 +17,12 @@ so what has to go from chunk to chunk knows no exponentials. Programs:
 Log decays come in two bfloat16 whose sum has 16 of their bits, since sums of them are products. exp(-128) = 0 stands
 for exp(-inf), and a document starts with a decay of exp(-256): gates are all there is to mask.
 
+With RWKV-6's bonus, P has it on its diagonal and X lags one step (`pairs.py`); the walks are the same.
+
 On paper, for it has not run on a GPU: exponentials, 8 an entry of queries or keys, are worked out once a chunk, by all
 processors at a time, and not by every walk and every block of values, of which a batch of few heads has few. That costs
-a write of X and Y, as large as queries and keys, which are not read again in their place.
+a write of X and Y, as large as queries and keys, which are not read again in their place. A bonus costs no pass over
+memory: each program reads a row of it, and one row a chunk is written of its gradient.
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ from kernels_pallas.gpu import carry, pairs
 from kernels_pallas.gpu.common import CHUNK, LOWEST, refused, shared_bytes, starts_of
 from kernels_pallas.outer import check
 
+START = 2 * LOWEST  # the decay of a document's first step, and of no other
 OUT = carry.Carry("out", out=True, last=True)
 SAVED = OUT._replace(keep=True)
 STATES = carry.Carry("states", keep=True)
-START = 2 * LOWEST
 D_VALUE = carry.Carry("d_value", backward=True, out=True, last=True, keep=True)
 
 
@@ -56,9 +59,10 @@ def chunk_outer_keys(
 ) -> tuple[jax.Array, jax.Array]:
     """`kernels_pallas.outer_keys.chunk_outer_keys` for bfloat16 and heads of 64, 128 or 256: same arrays, same results.
 
-    Chunks are of 64 steps; `save_states` keeps the states before them, in bfloat16, for the gradients. The kernel reads
-    [B, T, H, K]; the transposes here and those of a caller with that order cancel under `jit`. `interpret`: as
-    `common.launch` takes it. Raises ValueError on shapes that do not fit, and on types and sizes that it does not take.
+    So with a bonus u [H, K]. Chunks are of 64 steps; `save_states` keeps the states before them, in bfloat16, for the
+    gradients. The kernel reads [B, T, H, K]; the transposes here and those of a caller with that order cancel under
+    `jit`. `interpret`: as `common.launch` takes it. Raises ValueError on shapes that do not fit, and on types and sizes
+    that it does not take.
     """
     decays = (*value.shape[:3], query.shape[3])
     name = "chunk_outer_keys" if bonus is None else "chunk_outer_keys_bonus"
