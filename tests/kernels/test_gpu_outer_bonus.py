@@ -132,6 +132,16 @@ def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         assert_same(NAMES, *both(*inputs(70, 64, 64)), BFLOAT16)
 
 
+def shapes(*sizes: int) -> list[Any]:
+    """The segment first, the bonus last."""
+    *arrays, segment = test_gpu_outer_keys.shapes(*sizes)
+    return [segment, *arrays, jax.ShapeDtypeStruct(sizes[2:], jnp.float32)]
+
+
+def gradients(save: bool, segment: Any, *arrays: Any) -> Any:
+    return pulled(functools.partial(run, segment, save=save, interpret=False), *arrays)
+
+
 LOWERED = [
     pytest.param(shape, save, marks=[pytest.mark.slow] if save or shape != REAL[0] else [])
     for shape, save in itertools.product(REAL, (False, True))
@@ -140,16 +150,16 @@ LOWERED = [
 
 @pytest.mark.parametrize(("shape", "save"), LOWERED, ids=str)
 def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, ...], save: bool) -> None:
-    """Two programs for the output and four for the gradients, or three with states kept, in the memory they have."""
-    *arrays, segment = test_gpu_outer_keys.shapes(*shape)
-    bonus = jax.ShapeDtypeStruct((shape[2], shape[3]), jnp.float32)
+    """Two programs for the output and four for the gradients, or three with states kept."""
+    assert gpu_kernels_of(functools.partial(gradients, save), *shapes(*shape)) == (5 if save else 6)
 
-    def gradients(segment: Any, *arrays: Any) -> Any:
-        return pulled(functools.partial(run, segment, save=save, interpret=False), *arrays)
 
-    found, counted = shared_memory_of(gradients, segment, *arrays, bonus), shared_memory(shape[3], shape[3], bonus=True)
-    kinds = ("out", "d_value", "weighed", "weighed", "gradients", *(() if save else ("states",)))
-    assert len(found) == len(kinds)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", common.SIZES)
+def test_lowered_programs_take_the_memory_that_is_counted(size: int) -> None:
+    found = shared_memory_of(functools.partial(gradients, False), *shapes(1, 128, 2, size))
+    counted = shared_memory(size, size, bonus=True)
+    kinds = ("out", "d_value", "weighed", "weighed", "gradients", "states")
     for held, most in zip(sorted(found), sorted(counted[kind] for kind in kinds), strict=True):
         assert held <= most < ALONE
 
@@ -160,9 +170,9 @@ def test_programs_fit_into_shared_memory(key_size: int, value_size: int) -> None
 
 
 def test_errors_name_the_shapes() -> None:
-    arrays, segment = inputs(5, 64, 64)
-    with pytest.raises(ValueError, match=r"chunk_outer_keys_bonus: bonus \(1, 63\), not \(1, 64\)"):
-        run(segment, *arrays[:5], arrays[5][:, 1:])
+    *arrays, _ = shapes(1, 64, 2, 64)
+    with pytest.raises(ValueError, match=r"chunk_outer_keys_bonus: bonus \(2, 63\), not \(2, 64\)"):
+        jax.eval_shape(functools.partial(gradients, False), *arrays, jax.ShapeDtypeStruct((2, 63), jnp.float32))
 
 
 def called(dtype: Any = jnp.bfloat16, size: int = 64) -> list[Any]:
@@ -182,13 +192,13 @@ def test_the_family_calls_it_on_a_hopper(kind: str, monkeypatch: pytest.MonkeyPa
     given[3] = given[3] if kind == "per key" else given[3][..., 0]
     arrays = [*map(poison, given), state, bonus]
 
-    def gradients(method: str) -> Any:
+    def found_by(method: str) -> Any:
         family = functools.partial(gated_linear_attention, segments=segments, method=method)
         return jax.jit(functools.partial(pulled, lambda *a: family(*a[:5], bonus=a[5])))(*arrays)
 
-    right = gradients("sequential")
+    right = found_by("sequential")
     pretend_hopper(monkeypatch)
-    found = gradients("pallas")
+    found = found_by("pallas")
     assert_same(NAMES, found, right, BFLOAT16)
     chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
 
