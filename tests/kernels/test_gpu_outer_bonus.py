@@ -203,7 +203,7 @@ def test_the_family_calls_it_on_a_hopper(kind: str, monkeypatch: pytest.MonkeyPa
     chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
 
 
-@pytest.mark.parametrize("kind", ["per key", "per head", "none"])
+@pytest.mark.parametrize("kind", ["per key", *(pytest.param(x, marks=pytest.mark.slow) for x in ("per head", "none"))])
 def test_the_family_lowers_to_it(kind: str) -> None:
     decays = {"per key": lambda g: g, "per head": lambda g: g[..., 0], "none": lambda g: None}[kind]
 
