@@ -134,25 +134,24 @@ def outer(
     """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way, and where
     there is a bonus: a decay of heads is then that of all their keys.
 
-    Both are there for Hopper GPUs too, without a bonus. Raises ValueError where they cannot serve, and why.
+    Both are there for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
     """
-    per_key = log_decay is not None and log_decay.ndim == 4
-    own = on_hopper() and bonus is None
-    hopper = gpu.CHUNK if bonus is None else None
-    _serve("outer", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
+    own = on_hopper()
+    _serve("outer", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
-    if bonus is not None and not per_key:
+    if bonus is not None and log_decay.ndim == 3:
         log_decay = jnp.broadcast_to(log_decay[..., None], (*log_decay.shape, key.shape[-1]))
+    per_key = log_decay.ndim == 4
     given = (query, key, value, log_decay)
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, value.shape[:2])
     arrays = (q, k, v, g, state, documents)
     if own and per_key:
-        out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET)
+        out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET, bonus)
     elif own:
         out, state = gpu_outer.chunk_outer(*arrays, INTERPRET)
     else:
-        run = functools.partial(chunk_outer_keys, bonus=bonus) if log_decay.ndim == 4 else chunk_outer
+        run = functools.partial(chunk_outer_keys, bonus=bonus) if per_key else chunk_outer
         out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
