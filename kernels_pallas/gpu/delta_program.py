@@ -1,9 +1,12 @@
-"""What both walks of `chunk_delta` do alike: copies, products with a chunk's inverse, the state's update, outputs."""
+"""What the walks of `chunk_delta` and `chunk_delta_keys` do alike: copies, products with a chunk's inverse, the state's
+update, outputs.
+"""
 
 from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,18 +17,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, read_far, turned
 from kernels_pallas.gpu.delta_solve import multiply, split
-from kernels_pallas.gpu.walk import NARROW, chunk_decays
+from kernels_pallas.gpu.walk import CARRIED, NARROW, chunk_decays
 
 
 class Program(abc.ABC):
-    """What the programs of both walks do; `refs` by name: inputs, outputs and scratch of `delta_walk.walk`."""
+    """What the programs of all walks do; `refs` by name: inputs, outputs and scratch of `delta_walk.walk`."""
 
     backward = False
+    ahead = STAGES  # chunks whose queries, keys and gates are asked for at the start
 
     def __init__(self, heads: int, refs: SimpleNamespace):
         self.heads, self.refs = heads, refs
         self.row, self.head, self.block = (lax.axis_index(name) for name in ("row", "head", "block"))
-        self.size, self.chunks = refs.held.shape[0], refs.gates.shape[2]
+        self.size, self.chunks = refs.held.shape[0], refs.solved.shape[2]
         self.columns = pl.ds(self.block * BLOCK, BLOCK)
         self.narrow = self.size <= NARROW
         self.rows = self.size if self.narrow else BLOCK
@@ -33,7 +37,7 @@ class Program(abc.ABC):
 
     def run(self) -> None:
         refs = self.refs
-        for n in range(min(STAGES, self.chunks)):
+        for n in range(min(self.ahead, self.chunks)):
             self.bring(n, n)
         self.bring_late(0)
         state = tuple(read_far(refs.first.at[self.row, self.head, part, self.columns]) for part in self.parts)
@@ -74,6 +78,10 @@ class Program(abc.ABC):
         for part, values in zip(self.parts, state, strict=True):
             self.refs.held[part] = values.astype(jnp.bfloat16)
 
+    def kept(self, slot: Any) -> Callable[[int], Any]:
+        """The decay over a chunk, for each part of the state."""
+        return lambda i: self.refs.gs[slot, CARRIED, CHUNK - 1]
+
     def score(self, n: Any, g: Any, left: Any, right: Any, keys: Any) -> list[Any]:
         """Writes the masked scores, and gives K S where registers allow for it beside them, else nothing."""
         refs = self.refs
@@ -88,7 +96,7 @@ class Program(abc.ABC):
 
         one = [accumulator(CHUNK, BLOCK)] if self.narrow else []
         scores, *early = pl.run_scoped(product, accumulator(CHUNK, CHUNK), *one)
-        refs.scores[...] = scores.astype(jnp.bfloat16)
+        refs.work[...] = scores.astype(jnp.bfloat16)
         plgpu.commit_smem()
         if hasattr(refs, "states"):
             states = refs.states.at[self.row, self.head, self.at(n), :, self.columns]
@@ -114,13 +122,13 @@ class Program(abc.ABC):
         plgpu.commit_smem()
         pl.when(n + 1 < self.chunks)(lambda: self.bring_late(n + 1))
 
-    def update(self, state: Any, kept: Any, *products: Any) -> Any:
-        """b S and the products' sum."""
+    def update(self, state: Any, kept: Callable[[int], Any], *products: Any) -> Any:
+        """b S and the products' sum; `kept` gives b of a part."""
 
         def part(i: int, added: Any) -> Any:
             for keys, writes in products:
                 plgpu.wgmma(added, turned(keys.at[:, self.parts[i]]), writes)
-            return kept * state[i] + added[...]
+            return kept(i) * state[i] + added[...]
 
         parts = range(len(self.parts))
         return tuple(pl.run_scoped(functools.partial(part, i), accumulator(self.rows, BLOCK)) for i in parts)
@@ -129,8 +137,8 @@ class Program(abc.ABC):
         """Writes the output and the state, sends what goes out, and asks for what comes next."""
         refs = self.refs
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        refs.scores[...] = out.astype(jnp.bfloat16)
+        refs.work[...] = out.astype(jnp.bfloat16)
         self.hold(state)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(refs.scores, self.steps(n, refs.out).at[:, self.columns])
-        pl.when(n + STAGES < self.chunks)(lambda: self.bring(n + STAGES, slot))
+        plgpu.copy_smem_to_gmem(refs.work, self.steps(n, refs.out).at[:, self.columns])
+        pl.when(n + self.ahead < self.chunks)(lambda: self.bring(n + self.ahead, slot))

@@ -102,7 +102,7 @@ def scratch_of(size: int, *, backward: bool, keep: bool) -> dict[str, Any]:
         "values": tile(CHUNK, BLOCK),
         "inverse": tile(2, CHUNK, CHUNK),
         "held": tile(size, BLOCK),  # the state
-        "scores": tile(CHUNK, CHUNK),  # then the output
+        "work": tile(CHUNK, CHUNK),  # the scores, then the output
         "pair": tile(2, CHUNK, BLOCK),  # what the inverse multiplies, then what makes the output and the next state
         "arrived": plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
         "late_arrived": plgpu.Barrier(num_arrivals=3 if backward else 2),
@@ -134,13 +134,13 @@ class Forward(Program):
             plgpu.copy_smem_to_gmem(refs.errs, self.steps(n, refs.kept_errors).at[:, self.columns])
 
         def second(own: Any, carried: Any) -> Any:
-            plgpu.wgmma(own, refs.scores, refs.pair.at[0])
+            plgpu.wgmma(own, refs.work, refs.pair.at[0])
             plgpu.wgmma(carried, q, refs.held)
             return own[...], carried[...]
 
         own, carried = pl.run_scoped(second, *[accumulator(CHUNK, BLOCK)] * 2)
         out = wide(CARRIED) * carried + own
-        state = self.update(state, refs.gs[slot, CARRIED, CHUNK - 1], (k, refs.pair.at[1]))
+        state = self.update(state, self.kept(slot), (k, refs.pair.at[1]))
         self.put(n, slot, out, state)
         return state
 
@@ -159,7 +159,7 @@ class Backward(Program):
         plgpu.barrier_wait(refs.late_arrived)
 
         def second(own: Any, *sums: Any) -> Any:
-            plgpu.wgmma(own, refs.scores, refs.values)
+            plgpu.wgmma(own, refs.work, refs.values)
             for carried in sums:
                 plgpu.wgmma(carried, k, refs.held)
             return own[...], *(carried[...] for carried in sums)
@@ -173,7 +173,7 @@ class Backward(Program):
         self.write(n, wide(CARRIED) * read(refs.values), -wide(CARRIED) * d_values)
         strength = refs.strength.at[self.row, self.head, self.block, self.at(n)]
         plgpu.copy_smem_to_gmem(refs.row_sums, strength)
-        state = self.update(state, refs.gs[slot, CARRIED, CHUNK - 1], (q, refs.pair.at[0]), (k, refs.pair.at[1]))
+        state = self.update(state, self.kept(slot), (q, refs.pair.at[0]), (k, refs.pair.at[1]))
         self.put(n, slot, d_values, state)
         return state
 

@@ -18,6 +18,7 @@ from kernels_pallas.exponential import chunk_exponential
 from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import delta as gpu_delta
+from kernels_pallas.gpu import delta_keys as gpu_delta_keys
 from kernels_pallas.gpu import exponential as gpu_exponential
 from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
@@ -194,19 +195,19 @@ def delta(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """`delta_rule` by `chunk_delta`, or `chunk_delta_keys` where each key decays in its own way.
 
-    No decay, or one per head, has a `chunk_delta` for Hopper GPUs too. Raises ValueError where none serves, and why.
+    Both are there for Hopper GPUs too. Raises ValueError where none serves, and why.
     """
     per_key = log_decay is not None and log_decay.ndim == 4
-    own = on_hopper() and not per_key
-    hopper = None if per_key else gpu.CHUNK
-    _serve("delta", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
+    own = on_hopper()
+    _serve("delta", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     given = (query, key, value, beta.astype(jnp.float32), log_decay)
     q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, value.shape[:2])
     arrays = (q, k, v, strength, g, state, documents)
     if own:
-        out, state = gpu_delta.chunk_delta(*arrays, False, INTERPRET)
+        run_own = gpu_delta_keys.chunk_delta_keys if per_key else gpu_delta.chunk_delta
+        out, state = run_own(*arrays, False, INTERPRET)
     else:
         run = chunk_delta_keys if per_key else chunk_delta
         out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
