@@ -19,15 +19,7 @@ from kernels_pallas.outer_keys import reference
 from seqmodels.operators import gated_linear_attention
 from tests.kernels import test_gpu_outer_keys
 from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
-from tests.kernels.hopper import (
-    ALONE,
-    STRICT,
-    assert_it_says_why_not,
-    interpreted,
-    packed,
-    pretend_hopper,
-    shared_memory_of,
-)
+from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
 from tests.kernels.test_gpu_outer import BFLOAT16
 
 NAMES = (*test_gpu_outer_keys.NAMES, "d bonus")
@@ -152,16 +144,6 @@ LOWERED = [
 def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, ...], save: bool) -> None:
     """Two programs for the output and four for the gradients, or three with states kept."""
     assert gpu_kernels_of(functools.partial(gradients, save), *shapes(*shape)) == (5 if save else 6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", common.SIZES)
-def test_lowered_programs_take_the_memory_that_is_counted(size: int) -> None:
-    found = shared_memory_of(functools.partial(gradients, False), *shapes(1, 128, 2, size))
-    counted = shared_memory(size, size, bonus=True)
-    kinds = ("out", "d_value", "weighed", "weighed", "gradients", "states")
-    for held, most in zip(sorted(found), sorted(counted[kind] for kind in kinds), strict=True):
-        assert held <= most < ALONE
 
 
 @pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product(common.SIZES, repeat=2)))
