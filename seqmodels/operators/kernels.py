@@ -155,7 +155,7 @@ def outer(
     own = on_hopper()
     per_key = bonus is not None or (log_decay is not None and log_decay.ndim == 4)
     budget = (tpu_outer_keys if per_key else tpu_outer).vmem_bytes
-    reasons = _of_matrices(query, key, value, chunk, budget) | _pairs(per_key, chunk)
+    reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
     _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     if per_key and log_decay.ndim == 3:
@@ -220,7 +220,7 @@ def delta(
     per_key = log_decay is not None and log_decay.ndim == 4
     own = on_hopper()
     budget = (tpu_delta_keys if per_key else tpu_delta).vmem_bytes
-    reasons = _of_matrices(query, key, value, chunk, budget) | _pairs(per_key, chunk)
+    reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
     _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     given = (query, key, value, beta.astype(jnp.float32), log_decay)
