@@ -10,7 +10,7 @@ JOBS := 2
 PARALLEL := -n $(JOBS) --dist loadgroup --durations=20
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test test-all test-parity evidence tables-smoke lint format clean
+.PHONY: help install demo demo-short test test-slow test-all test-parity evidence tables-smoke lint format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -37,9 +37,11 @@ test: $(STAMP)  ## Run the quick tests (at most 10 minutes)
 	@echo "test: the quick tier; make test-all adds the slow one"
 	@$(PYTHON) -m pytest $(PARALLEL)
 
-test-all: $(STAMP)  ## Run the quick and the slow tests (at most 40 minutes)
-	@echo "test-all: the quick and the slow tier"
-	@$(PYTHON) -m pytest -m "not parity" $(PARALLEL)
+test-slow: $(STAMP)  ## Run the slow tests (at most 30 minutes)
+	@echo "test-slow: the slow tier, compiled as users compile"
+	@$(PYTHON) -m pytest -m "slow and not parity" $(PARALLEL)
+
+test-all: test test-slow  ## Run the quick and the slow tests (at most 40 minutes)
 
 test-parity: $(PARITY)  ## Compare with transformers' models on tiny random ones (installs torch and transformers)
 	@echo "test-parity: logits, states and gradients beside transformers'"

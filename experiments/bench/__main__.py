@@ -36,7 +36,8 @@ class Options:
     shapes: tuple[str, ...] = ()
     """Of kernels: only families and shapes that contain one of these, as "delta" or "4x2048x16x128"."""
     peer: Literal["fla"] | None = None
-    """Of kernels: the kernels of flash-linear-attention beside ours, where it, torch and a CUDA device are."""
+    """Of kernels: those of flash-linear-attention and mamba-ssm beside ours, where one of them, torch and a CUDA device
+    are."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of kernels: the type of queries, keys and values; bfloat16 but on CPUs."""
 

@@ -102,7 +102,7 @@ def _weigh(refs: Any, heads: int) -> None:
     scores = jnp.where(down == along, by_rows(jnp.sum(own, axis=1), CHUNK), 0.0)
     mutual: Any = 0.0
     for size in LEVELS:
-        _write_span(refs, _span(size))
+        _write_span(refs, _span(size, 0))
         read_by: Any = (0.0, 0.0)
         for block in blocks:
             write(block, "query", "key")
@@ -174,12 +174,16 @@ def _differentiate(refs: Any, heads: int) -> None:
     pieces = [pl.ds(i, BLOCK) for i in range(0, refs.d_out.shape[1], BLOCK)]
     flow: Any = sum(read(refs.states.at[:, piece]) * read(refs.after.at[:, piece]) for piece in pieces)
     refs.flow[...] = jnp.sum(flow, axis=1)
+    square = accumulator(CHUNK, CHUNK)
     across, beside = by_columns(read(refs.beta, ALONG), CHUNK), by_rows(read(refs.beta, DOWN), CHUNK)
 
-    def meeting(scores: Any, mirrored: Any, values: Any) -> Any:
-        plgpu.wgmma(scores, values, turned(refs.errors))
-        plgpu.wgmma(mirrored, refs.errors, turned(values))
-        return across * scores[...], beside * mirrored[...]
+    def meeting(values: Any) -> Any:
+        def products(scores: Any, mirrored: Any) -> Any:
+            plgpu.wgmma(scores, values, turned(refs.errors))
+            plgpu.wgmma(mirrored, refs.errors, turned(values))
+            return across * scores[...], beside * mirrored[...]
+
+        return pl.run_scoped(products, square, square)
 
     def of_states(of_query: Any, of_reader: Any, of_key: Any) -> Any:
         plgpu.wgmma(of_query, refs.d_out, turned(refs.states))
@@ -187,11 +191,10 @@ def _differentiate(refs: Any, heads: int) -> None:
         plgpu.wgmma(of_key, refs.errors, turned(refs.after))
         return of_query[...], -of_reader[...], beside * of_key[...]
 
-    square = accumulator(CHUNK, CHUNK)
-    scores, mirrored = pl.run_scoped(lambda *sums: meeting(*sums, refs.d_out), square, square)
+    scores, mirrored = meeting(refs.d_out)
     own = by_rows(jnp.sum(jnp.where(down == along, scores, 0.0), axis=1), BLOCK)
     refs.scores[0] = jnp.where(down > along, scores, mirrored).astype(jnp.bfloat16)
-    scores, mirrored = pl.run_scoped(lambda *sums: meeting(*sums, refs.d_value), square, square)
+    scores, mirrored = meeting(refs.d_value)
     refs.scores[1] = -jnp.where(down > along, scores, mirrored).astype(jnp.bfloat16)
     of_query, of_reader, of_key = pl.run_scoped(of_states, *[square] * 3)
 
@@ -212,7 +215,7 @@ def _differentiate(refs: Any, heads: int) -> None:
         return by_query[...], by_key[...]
 
     for size in LEVELS:
-        _write_span(refs, _span(size))
+        _write_span(refs, _span(size, 0))
         decay = jnp.exp(_sums(refs, whole))
         keys[...] = (decay * read(refs.key)).astype(jnp.bfloat16)
         mixed[...] = (decay * jnp.where(_late(size), read(refs.query), read(refs.key))).astype(jnp.bfloat16)

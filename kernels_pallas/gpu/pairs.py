@@ -7,7 +7,11 @@ from its block's start, one of the earlier block the sum E to its block's end: n
 
 with one exponential an entry, and all it has to do is a product with W: W W^T has the scores late by early, and
 (dP W)_i, dP symmetric, is the query's part where i is late, else the key's. Sums of decays are products too, of exact
-factors, added up in float32: nothing is taken away from anything, and no array but W is written.
+factors, added up in float32: nothing is taken away from them, and no array but W is written.
+
+With a bonus u queries lag one step behind keys: R leaves a step's own decay out, and the diagonal of the scores is
+q_i . (u * k_i). The decay that ends what came before a document is its first step's own, so that step's query is taken
+as 0 where it reads others; `outer_keys.gates_of` marks it by a decay that no other step has.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from kernels_pallas.gpu.common import (
     ALONG,
     BLOCK,
     CHUNK,
+    LOWEST,
     TILE,
     accumulator,
     by_columns,
@@ -42,29 +47,31 @@ LEVELS = (1, 2, 4, 8, 16, 32)  # steps of a block, half of a pair
 WIDE = 128  # columns of keys that are weighed at once
 
 
-def weighed(interpret: Any, query: Any, key: Any, high: Any, low: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of queries and keys [B, T, G, K] and log decays [B, T, H, K], T = N * CHUNK, in bfloat16: the scores
-    [B, H, N, CHUNK, CHUNK], queries decayed from their chunk's start, and keys to its end [B, T, H, K].
+def weighed(interpret: Any, query: Any, key: Any, high: Any, low: Any, *bonus: Any) -> tuple[jax.Array, ...]:
+    """Of queries and keys [B, T, G, K] and log decays [B, T, H, K], T = N * CHUNK, in bfloat16, a bonus [H, K] in
+    float32: the scores [B, H, N, CHUNK, CHUNK], queries decayed from their chunk's start, keys to its end [B, T, H, K].
     """
     batch, length, heads, size = high.shape
     chunks = length // CHUNK
     wide = jax.ShapeDtypeStruct(high.shape, jnp.bfloat16)
     outputs = [jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, CHUNK), jnp.bfloat16), wide, wide]
-    scratch = scratch_of_weighed(size)
-    names = ["far_query", "far_key", "far_high", "far_low", "scores", "late", "early", *scratch]
+    lag = len(bonus)
+    scratch = scratch_of_weighed(size, lag)
+    names = ["far_query", "far_key", "far_high", "far_low", *["far_bonus"][:lag], "scores", "late", "early", *scratch]
 
     def kernel(*refs: Any) -> None:
-        _weigh(SimpleNamespace(**dict(zip(names, refs, strict=True))), heads)
+        _weigh(SimpleNamespace(lag=lag, **dict(zip(names, refs, strict=True))), heads)
 
     grid = {"head": heads, "chunk": chunks, "row": batch}
     run = launch(kernel, "chunk_outer_keys_weighed", grid, outputs, list(scratch.values()), interpret)
-    return run(query, key, high, low)
+    return run(query, key, high, low, *bonus)
 
 
-def scratch_of_weighed(size: int) -> dict[str, Any]:
+def scratch_of_weighed(size: int, lag: int) -> dict[str, Any]:
     inputs = {name: tile(CHUNK, size) for name in ("query", "key", "high", "low")}
+    inputs |= {"bonus": numbers(size)} if lag else {}
     work = tile(CHUNK, min(size, WIDE))
-    return {**inputs, "span": tile(CHUNK, CHUNK), "work": work, "arrived": plgpu.Barrier(num_arrivals=4)}
+    return {**inputs, "span": tile(CHUNK, CHUNK), "work": work, "arrived": plgpu.Barrier(num_arrivals=len(inputs))}
 
 
 def _steps(row: Any, head: Any, chunk: Any, heads: int) -> Callable[[Any], Any]:
@@ -77,6 +84,8 @@ def _weigh(refs: Any, heads: int) -> None:
     steps = _steps(row, head, chunk, heads)
     for name in ("query", "key", "high", "low"):
         plgpu.copy_gmem_to_smem(steps(getattr(refs, f"far_{name}")), getattr(refs, name), refs.arrived)
+    if refs.lag:
+        plgpu.copy_gmem_to_smem(refs.far_bonus.at[head], refs.bonus, refs.arrived)
     plgpu.barrier_wait(refs.arrived)
     width = refs.work.shape[1]
     blocks = [pl.ds(i, width) for i in range(0, refs.query.shape[1], width)]
@@ -86,24 +95,24 @@ def _weigh(refs: Any, heads: int) -> None:
         plgpu.wgmma(sums, refs.work, turned(refs.work))
         return sums[...]
 
-    own = sum(read(refs.query.at[:, b]) * read(refs.key.at[:, b]) for b in blocks)
+    own = sum(read(refs.query.at[:, b]) * read(refs.key.at[:, b]) * _bonus(refs, b) for b in blocks)
     scores = jnp.where(down == along, by_rows(jnp.sum(own, axis=1), CHUNK), 0.0)
     for size in LEVELS:
-        _write_span(refs, _span(size))
+        _write_span(refs, _span(size, refs.lag))
         added = 0.0
         for block in blocks:
             _write_level(refs, size, block)
             added = added + pl.run_scoped(product, accumulator(CHUNK, CHUNK))
         scores = jnp.where(_paired(size) & (down > along), added, scores)
-    for reached, near, far in ((down >= along, refs.query, refs.late), (down < along, refs.key, refs.early)):
+    for reached, near, far in ((down - along >= refs.lag, refs.query, refs.late), (down < along, refs.key, refs.early)):
         _write_span(refs, reached)
         for block in blocks:
             values = jnp.exp(_sums(refs, block)) * read(near.at[:, block])
+            values = _of_others(refs, block, values) if near is refs.query else values
             near[:, block] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(near, steps(far))
-    refs.span[...] = scores.astype(jnp.bfloat16)
-    plgpu.commit_smem()
+    _write_span(refs, down >= along, scores)
     plgpu.copy_smem_to_gmem(refs.span, refs.scores.at[row, head, chunk])
     plgpu.wait_smem_to_gmem(0)
 
@@ -119,14 +128,24 @@ def _late(size: int, columns: int = CHUNK) -> Any:
     return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), 0, layout=TILE) & size != 0
 
 
-def _span(size: int) -> Any:
+def _span(size: int, lag: int) -> Any:
     """The steps (columns) whose decays a step (row) sums at a level: R of a late one, E of an early one."""
     down, along = places()
-    return (down ^ along < size) & jnp.where(_late(size), down - along >= 0, down - along < 0)
+    return (down ^ along < size) & jnp.where(_late(size), down - along >= lag, down - along < 0)
 
 
-def _write_span(refs: Any, reached: Any) -> None:
-    refs.span[...] = jnp.where(reached, 1.0, 0.0).astype(jnp.bfloat16)
+def _bonus(refs: Any, block: Any) -> Any:
+    """What a step's own pair is weighed by, key by key."""
+    return by_columns(read(refs.bonus.at[block], ALONG), CHUNK) if refs.lag else 1.0
+
+
+def _of_others(refs: Any, block: Any, values: Any) -> Any:
+    """Queries or their gradients, as far as they have to do with other steps than their own."""
+    return jnp.where(read(refs.high.at[:, block]) < LOWEST, 0.0, values) if refs.lag else values
+
+
+def _write_span(refs: Any, reached: Any, values: Any = 1.0) -> None:
+    refs.span[...] = jnp.where(reached, values, 0.0).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 
@@ -144,7 +163,8 @@ def _sums(refs: Any, block: Any) -> Any:
 def _write_level(refs: Any, size: int, block: Any) -> Any:
     """Writes W of a level; returns the exponentials."""
     decay = jnp.exp(_sums(refs, block))
-    values = jnp.where(_late(size, block.size), read(refs.query.at[:, block]), read(refs.key.at[:, block]))
+    query = _of_others(refs, block, read(refs.query.at[:, block]))
+    values = jnp.where(_late(size, block.size), query, read(refs.key.at[:, block]))
     refs.work[...] = (decay * values).astype(jnp.bfloat16)
     plgpu.commit_smem()
     return decay
@@ -161,32 +181,36 @@ def gradients(
     states: Any,
     after: Any,
     kept: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of queries and keys, in bfloat16, and of log decays, in float32, each [B, T, H, K].
+    *bonus: Any,
+) -> tuple[jax.Array, ...]:
+    """The gradients of queries and keys, in bfloat16, and of log decays, in float32, each [B, T, H, K]; that of a bonus
+    from each chunk, [B, H, N, K].
 
     query .. low are as in `weighed`, value and d_out [B, T, G, V]; states and after, [B, H, N, K, V] in bfloat16, are
     the states before the chunks and the gradients of those after them; kept [B, H, N, K] is the decay over a chunk.
     """
     batch, length, heads, size = high.shape
     outputs = [jax.ShapeDtypeStruct(high.shape, kind) for kind in (jnp.bfloat16, jnp.bfloat16, jnp.float32)]
-    scratch = scratch_of_gradients(value.shape[3])
-    given = ("query", "key", "high", "low", "value", "d_out", "states", "after", "kept")
-    names = [*(f"far_{name}" for name in given), "d_query", "d_key", "d_decay", *scratch]
+    outputs += [jax.ShapeDtypeStruct(kept.shape, jnp.float32) for _ in bonus]
+    lag = len(bonus)
+    scratch = scratch_of_gradients(value.shape[3], lag)
+    given = ("query", "key", "high", "low", "value", "d_out", "states", "after", "kept", *["bonus"][:lag])
+    names = [*(f"far_{name}" for name in given), "d_query", "d_key", "d_decay", *["d_bonus"][:lag], *scratch]
 
     def kernel(*refs: Any) -> None:
-        _differentiate(SimpleNamespace(**dict(zip(names, refs, strict=True))), heads)
+        _differentiate(SimpleNamespace(lag=lag, **dict(zip(names, refs, strict=True))), heads)
 
     grid = {"head": heads, "part": length // CHUNK * (size // BLOCK), "row": batch}
     run = launch(kernel, "chunk_outer_keys_gradients", grid, outputs, list(scratch.values()), interpret)
-    return run(query, key, high, low, value, d_out, states, after, kept)
+    return run(query, key, high, low, value, d_out, states, after, kept, *bonus)
 
 
-def scratch_of_gradients(width: int) -> dict[str, Any]:
+def scratch_of_gradients(width: int, lag: int) -> dict[str, Any]:
     inputs = {name: tile(CHUNK, BLOCK) for name in ("query", "key", "high", "low")}
     inputs |= {name: tile(CHUNK, width) for name in ("value", "d_out")}
     inputs |= {name: tile(BLOCK, width) for name in ("states", "after")}
-    rows = {"kept": numbers(BLOCK), "flow": numbers(BLOCK)}
-    return {**inputs, **rows, "arrived": plgpu.Barrier(num_arrivals=9)}
+    inputs |= {name: numbers(BLOCK) for name in ("kept", *["bonus"][:lag])}
+    return {**inputs, "flow": numbers(BLOCK), "arrived": plgpu.Barrier(num_arrivals=len(inputs))}
 
 
 def _differentiate(refs: Any, heads: int) -> None:
@@ -203,6 +227,8 @@ def _differentiate(refs: Any, heads: int) -> None:
         bring(name, steps(getattr(refs, f"far_{name}")))
     for name in ("states", "after", "kept"):
         bring(name, getattr(refs, f"far_{name}").at[row, head, chunk, columns])
+    if refs.lag:
+        bring("bonus", refs.far_bonus.at[head, columns])
     plgpu.barrier_wait(refs.arrived)
     down, along = places()
     whole = pl.ds(0, BLOCK)
@@ -222,26 +248,25 @@ def _differentiate(refs: Any, heads: int) -> None:
     scores = jnp.where(down > along, scores, mirrored)
 
     refs = SimpleNamespace(**vars(refs), span=refs.d_out.at[:, whole], work=refs.value.at[:, whole])
-    _write_span(refs, down >= along)
-    of_query = jnp.exp(_sums(refs, whole)) * of_query + own * read(refs.key)
+    _write_span(refs, down - along >= refs.lag)
+    of_query = jnp.exp(_sums(refs, whole)) * of_query
     _write_span(refs, down < along)
     of_key = jnp.exp(_sums(refs, whole)) * of_key
     to_state = [x.at[:, whole] for x in (refs.states, refs.after)]
     _write_parts(to_state, of_key * read(refs.key))
-    of_key = of_key + own * read(refs.query)
 
     def product(sums: Any) -> Any:
         plgpu.wgmma(sums, refs.span, refs.work)
         return sums[...]
 
     for size in LEVELS:
-        _write_span(refs, _span(size))
+        _write_span(refs, _span(size, refs.lag))
         decay = _write_level(refs, size, whole)
-        refs.span[...] = jnp.where(_paired(size), scores, 0.0).astype(jnp.bfloat16)
-        plgpu.commit_smem()
+        _write_span(refs, _paired(size), scores)
         added = decay * pl.run_scoped(product, accumulator(CHUNK, BLOCK))
         of_query = of_query + jnp.where(_late(size), added, 0.0)
         of_key = of_key + jnp.where(_late(size), 0.0, added)
+    of_query = _of_others(refs, whole, of_query)
 
     # Of g_m: what is between steps of the chunk and what comes in, from m on; what goes on to the next, before m.
     within = read(refs.query) * of_query - read(refs.key) * of_key + read(to_state[0]) + read(to_state[1])
@@ -251,8 +276,13 @@ def _differentiate(refs: Any, heads: int) -> None:
     _write_span(refs, down > along)
     refs.high, refs.low = to_state
     sums = sums + _sums(refs, whole)
+    query, key = read(refs.query), read(refs.key)
+    if refs.lag:  # what queries read is after m, not from m on
+        sums = sums - query * of_query
+        refs.d_bonus.at[row, head, chunk, columns][...] = jnp.sum(own * query * key, axis=0)
     steps(refs.d_decay).at[:, columns][...] = sums
-    for name, values in (("query", of_query), ("key", of_key)):
+    own = own * _bonus(refs, whole)
+    for name, values in (("query", of_query + own * key), ("key", of_key + own * query)):
         getattr(refs, name)[...] = values.astype(jnp.bfloat16)
     plgpu.commit_smem()
     for name in ("query", "key"):

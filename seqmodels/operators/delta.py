@@ -201,6 +201,9 @@ def delta_rule(
             f"{getattr(log_decay, 'shape', None)}"
         )
     _check_state(state, key, value)
+    family = "delta" if getattr(log_decay, "ndim", 3) == 3 else "delta_keys"
+    sizes = (key.shape[-1], value.shape[-1])
+    method = kernels.prefer(method, family, query, key, value, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
     if method == "pallas":
         return kernels.delta(
             query, key, value, beta, log_decay, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis

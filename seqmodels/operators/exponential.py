@@ -203,6 +203,10 @@ def mlstm_scan(
     if shapes[0] != shapes[1]:
         raise ValueError(f"the state of key {key.shape} and value {value.shape} is shaped {shapes[1]}, not {shapes[0]}")
 
+    sizes = (size, value.shape[-1])
+    method = kernels.prefer(
+        method, "exponential", query, key, value, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis
+    )
     if method == "pallas":
         out, after = kernels.exponential(
             query, key, value, log_input, log_forget, state,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array
 
 from seqmodels.scan import Recurrence, scan, sharded_scan
 from seqmodels.scan.auto import choose
@@ -16,6 +19,7 @@ from seqmodels.scan.recurrence import settle, take
 from seqmodels.typing import Segments
 
 METHODS = ("auto", "sequential", "associative", "chunked", "pallas")
+BLOCK_BYTES = 2**22  # inputs of the heads that a CPU works on at once: they and what is made of them stay in its caches
 SPAN_BYTES = 2**25  # inputs that a CPU works on at once: with fewer some families get slower, with more memory grows
 
 
@@ -52,10 +56,12 @@ def run_family(
     chunk: int | None,
     sequence_axis: str | None,
     heads: Any = None,
+    in_blocks: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a family's recurrence over inputs `[B, T, ...]`; `heads` maps one row's scan over its heads.
 
-    Raises ValueError where `method` cannot serve the family.
+    `in_blocks`: on CPUs the chunk form takes a few heads at a time; for families of products only, which two cores do
+    not share. Raises ValueError where `method` cannot serve the family.
     """
     check_method(method, chunk)
     if method == "pallas":
@@ -76,12 +82,55 @@ def run_family(
     every = lambda row: jax.vmap(row if heads is None else heads(row))
     reset, valid = (None, None) if segments is None else segments
     if method == "chunked" and recurrence.emit is not None and sequence_axis is None:
-        return _in_spans(recurrence, every, inputs, state, reset, valid, chunk or DEFAULT_CHUNK)
+        run = functools.partial(_in_spans, recurrence, every, chunk=chunk or DEFAULT_CHUNK)
+        if in_blocks and jax.default_backend() == "cpu":
+            return _in_blocks(run, inputs, state, reset, valid)
+        return run(inputs, state, reset, valid)
     return every(row)(inputs, state, reset, valid)
 
 
+def _in_blocks(run: Callable[..., Any], inputs: Any, state: Any, reset: Any, valid: Any) -> tuple[Any, Any]:
+    """`run` for a few heads of a row, or for a few rows, at a time: as many as BLOCK_BYTES of inputs belong to.
+
+    Inputs are [B, T, H, ...] and states [B, H, ...].
+    """
+    leaves = jax.tree.leaves(inputs)
+    rows, length, heads = leaves[0].shape[:3]
+    fitting = BLOCK_BYTES * rows * heads // sum(x.size * x.dtype.itemsize for x in leaves)
+    many = _divisor(heads, fitting)
+    few = _divisor(rows, fitting // heads) if many == heads else 1
+    if (few, many) == (rows, heads):
+        return run(inputs, state, reset, valid)
+
+    def cut(x: Array) -> Array:
+        """[B, H, ...] as [blocks, few, many, ...]."""
+        split = x.reshape(rows // few, few, heads // many, many, *x.shape[2:])
+        return jnp.swapaxes(split, 1, 2).reshape(-1, few, many, *x.shape[2:])
+
+    def join(x: Array) -> Array:
+        split = x.reshape(rows // few, heads // many, *x.shape[1:])
+        return jnp.swapaxes(split, 1, 2).reshape(rows, heads, *x.shape[3:])
+
+    def body(_: Any, block: Any) -> Any:
+        inputs, state, masks = block
+        inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), inputs)
+        outputs, state = run(inputs, state, *(None if mask is None else mask[:, 0] for mask in masks))
+        return (), (jax.tree.map(lambda y: jnp.moveaxis(y, 2, 1), outputs), state)
+
+    inputs = jax.tree.map(lambda x: cut(jnp.moveaxis(x, 2, 1)), inputs)
+    every_head = lambda mask: cut(jnp.broadcast_to(mask[:, None], (rows, heads, length)))
+    masks = tuple(None if mask is None else every_head(mask) for mask in (reset, valid))
+    outputs, state = lax.scan(body, (), (inputs, jax.tree.map(cut, state), masks))[1]
+    return jax.tree.map(lambda y: jnp.moveaxis(join(y), 1, 2), outputs), jax.tree.map(join, state)
+
+
+def _divisor(whole: int, most: int) -> int:
+    """The largest divisor that is at most `most`, and 1 at least."""
+    return max(n for n in range(1, whole + 1) if whole % n == 0 and n <= max(1, most))
+
+
 def _in_spans(
-    recurrence: Recurrence, every: Callable[..., Any], inputs: Any, state: Any, reset: Any, valid: Any, chunk: int
+    recurrence: Recurrence, every: Callable[..., Any], inputs: Any, state: Any, reset: Any, valid: Any, *, chunk: int
 ) -> tuple[Any, Any]:
     """`scan(method="chunked")` of all rows and heads, a span of tokens of all of them at a time.
 

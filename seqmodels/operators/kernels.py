@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
+from kernels_pallas import delta as tpu_delta
+from kernels_pallas import delta_keys as tpu_delta_keys
+from kernels_pallas import exponential as tpu_exponential
+from kernels_pallas import linear as tpu_linear
+from kernels_pallas import outer as tpu_outer
+from kernels_pallas import outer_keys as tpu_outer_keys
+from kernels_pallas import selective as tpu_selective
 from kernels_pallas.chunks import CHUNK
-from kernels_pallas.delta import chunk_delta
-from kernels_pallas.delta_keys import chunk_delta_keys
-from kernels_pallas.exponential import chunk_exponential
-from kernels_pallas.exponential import vmem_bytes as exponential_bytes
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import delta as gpu_delta
 from kernels_pallas.gpu import delta_keys as gpu_delta_keys
@@ -24,11 +27,8 @@ from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.gpu import outer_keys as gpu_outer_keys
 from kernels_pallas.gpu import selective as gpu_selective
-from kernels_pallas.linear import linear_scan
-from kernels_pallas.outer import chunk_outer
-from kernels_pallas.outer_keys import chunk_outer_keys
-from kernels_pallas.selective import selective_scan
 from seqmodels.operators.family import check_method
+from seqmodels.scan.auto import choose
 from seqmodels.typing import Segments
 
 VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of a TPU's default limit, a fifth left to the compiler
@@ -47,20 +47,19 @@ def on_hopper() -> bool:
 
 
 def _serve(
-    family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None, *, hopper: int | None = None
+    family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None, *, hopper: int
 ) -> None:
     """Raises ValueError with the first of the reasons that holds, those of every kernel among them.
 
-    `hopper`: the steps of a chunk of the kernel for Hopper GPUs, where one runs this kind of call.
+    `hopper`: the steps of a chunk of the kernel for Hopper GPUs.
     """
     check_method("pallas", chunk)
-    own = hopper is not None and on_hopper()
-    devices = "TPUs" if hopper is None else "TPUs and Hopper GPUs"
+    own = on_hopper()
     steps = f"of {hopper} steps" if own else f"a multiple of {CHUNK} steps"
     fits = chunk is None or (chunk == hopper if own else chunk % CHUNK == 0)
     served = device().platform == "tpu" or own or INTERPRET
     common = {
-        f"the kernel is for {devices}, and this is made for {device().device_kind}": not served,
+        f"the kernel is for TPUs and Hopper GPUs, and this is made for {device().device_kind}": not served,
         "the kernel does not shard time": sequence_axis is not None,
         f"chunks are {steps}, not {chunk}": not fits,
     }
@@ -69,16 +68,53 @@ def _serve(
             raise ValueError(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
 
 
-def _of_matrices(query: Array, key: Array, value: Array, on_gpu: bool) -> dict[str, bool]:
-    """Reasons of the kernels that multiply matrices, for `_serve`."""
+def prefer(
+    method: str,
+    family: str,
+    *scanned: Array,
+    sizes: tuple[int, ...],
+    chunk: int | None,
+    sequence_axis: str | None,
+) -> str:
+    """`method`, or "pallas" where that is "auto", chunk and sharding are left to it, and the table names a kernel.
+
+    Families: outer and delta, outer_keys and delta_keys (decays of keys, or a bonus), exponential, diagonal, selective.
+    """
+    if method != "auto" or chunk is not None or sequence_axis is not None:
+        return method
+    dtype, length = jnp.result_type(*scanned), scanned[0].shape[1]
+    kind = device().device_kind
+    found = choose(matmul_form=True, length=length, family=family, device=kind, sizes=sizes, dtype=dtype)
+    return "pallas" if found == "pallas" else method
+
+
+def _of_matrices(
+    query: Array, key: Array, value: Array, chunk: int | None, budget: Callable[..., dict[str, int]]
+) -> dict[str, bool]:
+    """Reasons of the kernels that multiply matrices, for `_serve`; `budget`: the `vmem_bytes` of that for TPUs."""
     kinds = {x.dtype for x in (query, key, value)}
     told = ", ".join(sorted(map(str, kinds)))
-    narrow = gpu.refused(query, key, value) if on_gpu else None
     unlike = len(kinds) > 1 or not kinds <= NUMBERS
+    reasons = {f"query, key and value are of one type, bfloat16 or float32, not {told}": unlike}
+    if on_hopper():
+        narrow = gpu.refused(query, key, value)
+        return {**reasons, f"{narrow}": narrow is not None}
+    sizes = (key.shape[-1], value.shape[-1])
     return {
-        f"query, key and value are of one type, bfloat16 or float32, not {told}": unlike,
-        f"{narrow}": narrow is not None,
+        **reasons,
+        **_too_large(f"heads of {sizes[0]} keys and {sizes[1]} values", budget, *sizes, chunk, query.dtype),
     }
+
+
+def _too_large(what: str, budget: Callable[..., dict[str, int]], *sizes: Any, **options: Any) -> dict[str, bool]:
+    held = max(budget(*(CHUNK if x is None else x for x in sizes), **options).values())
+    return {f"{what} take {held} bytes of VMEM, more than {VMEM:.0f}": held > VMEM}
+
+
+def _pairs(per_key: bool, chunk: int | None) -> dict[str, bool]:
+    """The kernels with a decay per key for TPUs; those for GPUs have chunks of one length."""
+    odd = per_key and chunk is not None and chunk & (chunk - 1) != 0
+    return {f"decays per key pair the steps of a chunk: a power of two of them, not {chunk}": odd}
 
 
 def _empty(x: Array, segments: Segments | None) -> Array:
@@ -114,25 +150,26 @@ def outer(
     """`gated_linear_attention` by `chunk_outer`, or `chunk_outer_keys` where each key decays in its own way, and where
     there is a bonus: a decay of heads is then that of all their keys.
 
-    Both are there for Hopper GPUs too, without a bonus. Raises ValueError where they cannot serve, and why.
+    Both are there for Hopper GPUs too. Raises ValueError where they cannot serve, and why.
     """
-    per_key = log_decay is not None and log_decay.ndim == 4
-    own = on_hopper() and bonus is None
-    hopper = gpu.CHUNK if bonus is None else None
-    _serve("outer", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=hopper)
+    own = on_hopper()
+    per_key = bonus is not None or (log_decay is not None and log_decay.ndim == 4)
+    budget = (tpu_outer_keys if per_key else tpu_outer).vmem_bytes
+    reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
+    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
-    if bonus is not None and not per_key:
+    if per_key and log_decay.ndim == 3:
         log_decay = jnp.broadcast_to(log_decay[..., None], (*log_decay.shape, key.shape[-1]))
     given = (query, key, value, log_decay)
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, value.shape[:2])
     arrays = (q, k, v, g, state, documents)
     if own and per_key:
-        out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET)
+        out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET, bonus)
     elif own:
         out, state = gpu_outer.chunk_outer(*arrays, INTERPRET)
     else:
-        run = functools.partial(chunk_outer_keys, bonus=bonus) if log_decay.ndim == 4 else chunk_outer
+        run = functools.partial(tpu_outer_keys.chunk_outer_keys, bonus=bonus) if per_key else tpu_outer.chunk_outer
         out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
@@ -149,6 +186,9 @@ def diagonal(
     """`diagonal_scan` by `linear_scan`, for TPUs or Hopper GPUs. Raises ValueError where neither can serve, and why."""
     kind = jnp.result_type(log_decay, drive, jnp.float32)
     reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
+    if not on_hopper():
+        channels, planes = drive.shape[2], 1 + (kind == jnp.complex64)
+        reasons |= _too_large(f"{channels} channels", tpu_linear.vmem_bytes, channels, chunk, planes=planes)
     _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_linear.STEPS)
     if state is None:
         state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
@@ -157,7 +197,7 @@ def diagonal(
     if on_hopper():
         out, state = gpu_linear.linear_scan(*arrays, state.astype(kind), documents, INTERPRET)
     else:
-        out, state = linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
+        out, state = tpu_linear.linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
 
 
@@ -179,7 +219,9 @@ def delta(
     """
     per_key = log_decay is not None and log_decay.ndim == 4
     own = on_hopper()
-    _serve("delta", _of_matrices(query, key, value, own), chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
+    budget = (tpu_delta_keys if per_key else tpu_delta).vmem_bytes
+    reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
+    _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     given = (query, key, value, beta.astype(jnp.float32), log_decay)
     q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
@@ -189,7 +231,7 @@ def delta(
         run_own = gpu_delta_keys.chunk_delta_keys if per_key else gpu_delta.chunk_delta
         out, state = run_own(*arrays, False, INTERPRET)
     else:
-        run = chunk_delta_keys if per_key else chunk_delta
+        run = tpu_delta_keys.chunk_delta_keys if per_key else tpu_delta.chunk_delta
         out, state = run(*arrays, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), state
 
@@ -212,12 +254,7 @@ def exponential(
     Raises ValueError where that cannot serve, and why.
     """
     own = on_hopper()
-    sizes = (key.shape[-1], value.shape[-1])
-    held = 0 if own else max(exponential_bytes(*sizes, chunk or CHUNK, query.dtype).values())
-    reasons = {
-        **_of_matrices(query, key, value, own),
-        f"heads of {sizes[0]} keys and {sizes[1]} values take {held} bytes of VMEM, more than {VMEM:.0f}": held > VMEM,
-    }
+    reasons = _of_matrices(query, key, value, chunk, tpu_exponential.vmem_bytes)
     _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     if segments is not None:  # nothing is written
         log_input = jnp.where(segments.valid[..., None], log_input, -jnp.inf)
@@ -229,7 +266,7 @@ def exponential(
     if own:
         out, after = gpu_exponential.chunk_exponential(*given, INTERPRET)
     else:
-        out, after = chunk_exponential(*given, chunk or CHUNK, False, INTERPRET)
+        out, after = tpu_exponential.chunk_exponential(*given, chunk or CHUNK, False, INTERPRET)
     return _empty(jnp.swapaxes(out, 1, 2), segments), after
 
 
@@ -252,6 +289,12 @@ def selective(
         f"x, dt, b and c are bfloat16 or float32, not {told}": not kinds <= NUMBERS,
         f"a is float32 at most, not {a.dtype}": jnp.promote_types(a.dtype, jnp.float32) != jnp.float32,
     }
+    size = a.shape[1]
+    if on_hopper():
+        held, room = max(gpu_selective.shared_bytes(x.shape[1], size, x.dtype).values()), gpu_selective.ROOM
+        reasons[f"states of {size} take {held} bytes of shared memory, more than {room}"] = held > room
+    else:
+        reasons |= _too_large(f"states of {size}", tpu_selective.vmem_bytes, *a.shape, chunk, dtype=x.dtype)
     _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_selective.STEPS)
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
@@ -261,5 +304,5 @@ def selective(
     if on_hopper():
         y, state = gpu_selective.selective_scan(x, dt, *wide, documents, interpret=INTERPRET)
     else:
-        y, state = selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
+        y, state = tpu_selective.selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
     return _empty(y, segments), state

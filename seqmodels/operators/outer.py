@@ -179,6 +179,9 @@ def gated_linear_attention(
         )
     if state is not None and state.shape != (value.shape[0], heads, key.shape[-1], value.shape[-1]):
         raise ValueError(f"the state [B, H, K, V] of key {key.shape} and value {value.shape} is not {state.shape}")
+    family = "outer" if bonus is None and getattr(log_decay, "ndim", 3) == 3 else "outer_keys"
+    sizes = (key.shape[-1], value.shape[-1])
+    method = kernels.prefer(method, family, query, key, value, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
     if method == "pallas":
         return kernels.outer(
             query, key, value, log_decay, state,
@@ -213,6 +216,7 @@ def gated_linear_attention(
         chunk=chunk,
         sequence_axis=sequence_axis,
         heads=over_heads,
+        in_blocks=True,
     )
     out = out.reshape(value.shape)
     if bonus is not None:

@@ -108,6 +108,9 @@ def selective_scan(
         raise ValueError(f"selective_scan takes {names}; not {given} and d {getattr(d, 'shape', None)}")
     if state is not None and state.shape != (batch, channels, size):
         raise ValueError(f"the state [B, D, N] of x {x.shape} and a {a.shape} is not {state.shape}")
+    method = kernels.prefer(
+        method, "selective", x, dt, b, c, sizes=(channels, size), chunk=chunk, sequence_axis=sequence_axis
+    )
     if method == "pallas":
         y, after = kernels.selective(x, dt, a, b, c, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
     else:

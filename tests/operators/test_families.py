@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
 from seqmodels.operators import diagonal_scan, gated_linear_attention
+from seqmodels.operators import family as families
 from seqmodels.operators.exponential import mlstm_scan
 from seqmodels.typing import Segments
 
@@ -235,10 +236,24 @@ def test_the_xla_programs_lower_for_accelerators(platform: str) -> None:
         assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize("family", ["outer", "exponential"])
-def test_several_groups_of_chunks_equal_a_token_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four groups of four chunks side by side, then a chunk and half a chunk: values, states and gradients."""
-    monkeypatch.setattr(importlib.import_module("seqmodels.scan.chunked"), "TOKENS_AT_ONCE", 16)
+def _depth(program: Any) -> int:
+    """How many scans stand inside of one another."""
+    inside = lambda eqn: max((_depth(inner) for inner in jax.extend.core.jaxprs_in_params(eqn.params)), default=0)
+    return max(((eqn.primitive.name == "scan") + inside(eqn) for eqn in program.eqns), default=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "loops"),
+    [("outer", 40_000, 2), ("outer", 0, 2), ("exponential", 0, 1)],
+    ids=["outer, a row", "outer, a group of heads", "exponential, all"],
+)
+def test_parts_of_the_work_equal_a_token_at_a_time(
+    family: str, block: int, loops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four groups of four chunks side by side, then a chunk and half a chunk, of some heads at a time: values, states
+    and gradients."""
+    monkeypatch.setattr(families, "TOKENS_AT_ONCE", 16)
+    monkeypatch.setattr(families, "BLOCK_BYTES", block)
     query, key, value, _ = _qkv()
     gates = jax.random.normal(jax.random.key(5), (2, B, T, H))
     log_decay = -jnp.exp(gates[0] - 2)
@@ -257,5 +272,7 @@ def test_several_groups_of_chunks_equal_a_token_at_a_time(family: str, monkeypat
     grad = lambda **options: jax.jit(jax.grad(functools.partial(loss, **options), (0, 1, 2, 3, 4), has_aux=True))
     with jax.enable_x64(True):
         inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (query, key, value, log_decay, gates[1]))
+        program = jax.make_jaxpr(functools.partial(run, method="chunked", chunk=4))(*inputs)
+        assert _depth(program.jaxpr) == loops + 1  # over blocks, over groups of chunks, over the states in one
         found, expected = grad(method="chunked", chunk=4)(*inputs), grad(method="sequential")(*inputs)
         chex.assert_trees_all_close(found, expected, rtol=ROUNDING_64, atol=ROUNDING_64)

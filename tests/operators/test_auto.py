@@ -1,0 +1,80 @@
+"""`auto` takes a kernel where its table says so, and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
+from seqmodels.scan import auto
+
+LENGTH = 8
+
+
+def matrices(size: int, length: int, dtype: Any) -> list[Any]:
+    return [jax.ShapeDtypeStruct((1, length, 2, size), dtype)] * 3
+
+
+def gates(length: int, size: int | None = None) -> Any:
+    return jax.ShapeDtypeStruct((1, length, 2) if size is None else (1, length, 2, size), jnp.float32)
+
+
+def vectors(size: int, length: int, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct((1, length, size), dtype)
+
+
+# By name in the table: the call, its arrays for a size, length and type, and the sizes that the table knows it by.
+FAMILIES: dict[str, tuple[Callable[..., Any], Callable[..., list[Any]], Callable[[int], tuple[int, ...]]]] = {
+    "outer": (gated_linear_attention, lambda k, n, t: [*matrices(k, n, t), gates(n)], lambda k: (k, k)),
+    "outer_keys": (gated_linear_attention, lambda k, n, t: [*matrices(k, n, t), gates(n, k)], lambda k: (k, k)),
+    "delta": (delta_rule, lambda k, n, t: [*matrices(k, n, t), gates(n), gates(n)], lambda k: (k, k)),
+    "delta_keys": (delta_rule, lambda k, n, t: [*matrices(k, n, t), gates(n), gates(n, k)], lambda k: (k, k)),
+    "exponential": (mlstm_scan, lambda k, n, t: [*matrices(k, n, t), gates(n), gates(n)], lambda k: (k, k)),
+    "diagonal": (diagonal_scan, lambda k, n, t: [vectors(k, n, t)] * 2, lambda k: (k,)),
+    "selective": (
+        selective_scan,
+        lambda k, n, t: [*[vectors(k, n, t)] * 2, jax.ShapeDtypeStruct((k, 3), jnp.float32), *[vectors(3, n, t)] * 2],
+        lambda k: (k, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_the_table_sends_its_calls_to_the_kernel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That device, those sizes, that type, from that length on; what chooses a chunk, and other families, stay."""
+    call, arrays, sizes = FAMILIES[family]
+    row = auto.Rule(
+        "pallas", device="^cpu$", family=family, sizes=(sizes(16),), dtypes=("bfloat16",), min_length=LENGTH
+    )
+
+    def taken(size: int = 16, length: int = LENGTH, dtype: Any = jnp.bfloat16, **options: Any) -> bool:
+        try:
+            jax.eval_shape(functools.partial(call, **options), *arrays(size, length, dtype))
+        except ValueError as error:
+            if str(error).startswith("method='pallas' for the"):  # there is no kernel for CPUs
+                return True
+            raise
+        return False
+
+    assert not taken()
+    monkeypatch.setattr(auto, "KERNELS", (row,))
+    assert taken()
+    assert taken(length=2 * LENGTH)
+    for others in ({"size": 8}, {"length": LENGTH - 1}, {"dtype": jnp.float32}, {"chunk": 4}, {"method": "chunked"}):
+        assert not taken(**others), others
+    for changed in (row._replace(device="H100"), row._replace(family="another")):
+        monkeypatch.setattr(auto, "KERNELS", (changed,))
+        assert not taken(), changed
+
+
+def test_a_bonus_is_a_matter_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "KERNELS", (auto.Rule("pallas", device="cpu", family="outer_keys"),))
+    arrays = FAMILIES["outer"][1](16, LENGTH, jnp.float32)
+    run = lambda *x: gated_linear_attention(*x, bonus=jnp.ones((2, 16)))
+    with pytest.raises(ValueError, match="method='pallas' for the outer family"):
+        jax.eval_shape(run, *arrays)
