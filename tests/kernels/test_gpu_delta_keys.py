@@ -27,12 +27,21 @@ inputs = functools.partial(inputs_of, dtype=jnp.bfloat16, per_key=True)
 called = functools.partial(called_of, per_key=True)
 
 
+@functools.cache
+def pulled_kernel(save: bool) -> Any:
+    """Outputs, the state, and all gradients, strictly; compiled once for tests of the same shapes."""
+    return jax.jit(lambda *arrays: pulled(lambda *a: chunk_delta_keys(*a, arrays[6], save, STRICT), *arrays[:6]))
+
+
+def expected(arrays: list[Any]) -> Any:
+    return in_float64(lambda *a: tpu.reference(*a, arrays[6]), *arrays[:6], how=pulled)
+
+
 def compared(arrays: list[Any], save: bool) -> tuple[Any, Any]:
-    """Outputs, the state, and all gradients, of the kernels, strictly, and of the loop."""
-    run = lambda *a: chunk_delta_keys(*a, arrays[6], save, STRICT)
-    found = jax.jit(functools.partial(pulled, run))(*arrays[:6])
+    """Of the kernels, and of the loop in float64."""
+    found = pulled_kernel(save)(*arrays)
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *(x.dtype for x in arrays[:6])]
-    return found, in_float64(lambda *a: tpu.reference(*a, arrays[6]), *arrays[:6], how=pulled)
+    return found, expected(arrays)
 
 
 CASES = [
@@ -41,11 +50,11 @@ CASES = [
     *(
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
-            "one step": (1, 64, 64, 2, False, False),
-            "three chunks": (130, 64, 64, 1, False, False),
-            "wide keys": (66, 256, 64, 1, False, False),
-            "wide values, states kept": (66, 128, 256, 1, False, True),
-            "steps that turn round what was just written": (130, 64, 64, 1, True, True),
+            "one step": (1, 64, 64, 2, False, True),
+            "three chunks, states made again": (130, 64, 64, 1, False, False),
+            "wide keys": (66, 256, 64, 1, False, True),
+            "wide values": (66, 128, 256, 1, False, True),
+            "steps that turn round what was just written": (130, 64, 64, 1, True, False),
         }.items()
     ),
 ]
@@ -67,9 +76,9 @@ def test_the_kernels_equal_the_recurrence_in_float64(
 @pytest.mark.slow
 def test_gates_at_their_ends() -> None:
     """A head without decay; one whose keys forget all in every step, as far as float32 sees, or by exp(-inf)."""
-    arrays = inputs(66, 64, 64, batch=1)
+    arrays = inputs(130, 64, 64, batch=1)
     arrays[4] = jnp.zeros_like(arrays[4]).at[:, 1, :, :32].set(-jnp.inf).at[:, 1, :, 32:].set(-1e4)
-    found, right = compared(arrays, True)
+    found, right = compared(arrays, False)
     chex.assert_tree_all_finite(found)
     assert_same(NAMES, found, right, BFLOAT16)
 
@@ -124,8 +133,10 @@ def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     """That of log decays by a twentieth, as a control too."""
     right = delta_keys_pairs._write_parts
     monkeypatch.setattr(delta_keys_pairs, "_write_parts", lambda near, values: right(near, 0.95 * values))
+    arrays = inputs(5, 64, 64, batch=1)
+    found = pulled_kernel.__wrapped__(True)(*arrays)  # compiled anew
     with pytest.raises(AssertionError, match="d log_decay"):
-        assert_same(NAMES, *compared(inputs(5, 64, 64, batch=1), True), BFLOAT16)
+        assert_same(NAMES, found, expected(arrays), BFLOAT16)
 
 
 def gradients(*arrays: Any, save: bool = False) -> Any:
@@ -135,7 +146,7 @@ def gradients(*arrays: Any, save: bool = False) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [REAL[0], *REAL[3:]], ids=str)
+@pytest.mark.parametrize("shape", [REAL[0], REAL[4]], ids=str)
 def test_the_kernels_lower_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
     """Scores, inverses and a walk forward; backward those again, then inverses, a walk and gradients."""
     assert gpu_kernels_of(gradients, *shapes("per key", *shape, "bfloat16")) == 9
