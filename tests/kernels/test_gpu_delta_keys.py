@@ -23,8 +23,13 @@ from tests.kernels.test_gpu_delta import STIFF, STIFF_DECAY
 from tests.kernels.test_gpu_delta import called as called_of
 from tests.kernels.test_gpu_outer import BFLOAT16
 
-inputs = functools.partial(inputs_of, dtype=jnp.bfloat16, per_key=True)
 called = functools.partial(called_of, per_key=True)
+
+
+def inputs(*sizes: int, batch: int = 1, heads: int = 1, stiff: bool = False) -> list[Any]:
+    """Those of a decay per head, with decays per key; two heads share their keys."""
+    query, key, *others, segment = inputs_of(*sizes, batch=batch, dtype=jnp.bfloat16, per_key=True, stiff=stiff)
+    return [query, key, *(x[:, :heads] for x in others), segment]
 
 
 @functools.cache
@@ -45,28 +50,28 @@ def compared(arrays: list[Any], save: bool) -> tuple[Any, Any]:
 
 
 CASES = [
-    # length, key and value size, batch, whether keys are almost one, whether states are kept
-    pytest.param(5, 64, 64, 1, False, True, id="a part of a chunk"),
+    # length, key and value size, batch, heads, whether keys are almost one, whether states are kept
+    pytest.param(5, 64, 64, 1, 2, False, True, id="a part of a chunk, heads that share"),
     *(
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
-            "one step": (1, 64, 64, 2, False, True),
-            "three chunks, states made again": (130, 64, 64, 1, False, False),
-            "wide keys": (66, 256, 64, 1, False, True),
-            "wide values": (66, 128, 256, 1, False, True),
-            "steps that turn round what was just written": (130, 64, 64, 1, True, False),
+            "one step": (1, 64, 64, 2, 2, False, True),
+            "three chunks, states made again": (130, 64, 64, 1, 1, False, False),
+            "wide keys": (66, 256, 64, 1, 1, False, True),
+            "wide values": (66, 128, 256, 1, 1, False, True),
+            "steps that turn round what was just written": (130, 64, 64, 1, 1, True, False),
         }.items()
     ),
 ]
 
 
 @interpreted
-@pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "stiff", "save"), CASES)
+@pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "heads", "stiff", "save"), CASES)
 def test_the_kernels_equal_the_recurrence_in_float64(
-    length: int, key_size: int, value_size: int, batch: int, stiff: bool, save: bool
+    length: int, key_size: int, value_size: int, batch: int, heads: int, stiff: bool, save: bool
 ) -> None:
-    """Two heads share their keys; documents go on, and are of one step, at a chunk's edges too."""
-    found, right = compared(inputs(length, key_size, value_size, batch=batch, stiff=stiff), save)
+    """Documents go on, and are of one step, at a chunk's edges too."""
+    found, right = compared(inputs(length, key_size, value_size, batch=batch, heads=heads, stiff=stiff), save)
     for name, x, y in zip(NAMES, found, right, strict=True):
         cancelled = STIFF_DECAY if name == "d log_decay" else STIFF
         assert_same((name,), [x], [y], cancelled if stiff else BFLOAT16)
@@ -75,9 +80,9 @@ def test_the_kernels_equal_the_recurrence_in_float64(
 @interpreted
 @pytest.mark.slow
 def test_gates_at_their_ends() -> None:
-    """A head without decay; one whose keys forget all in every step, as far as float32 sees, or by exp(-inf)."""
-    arrays = inputs(130, 64, 64, batch=1)
-    arrays[4] = jnp.zeros_like(arrays[4]).at[:, 1, :, :32].set(-jnp.inf).at[:, 1, :, 32:].set(-1e4)
+    """Keys without decay, and keys that forget all in every step, as far as float32 sees, or by exp(-inf)."""
+    arrays = inputs(130, 64, 64)
+    arrays[4] = jnp.zeros_like(arrays[4]).at[..., :16].set(-jnp.inf).at[..., 16:32].set(-1e4)
     found, right = compared(arrays, False)
     chex.assert_tree_all_finite(found)
     assert_same(NAMES, found, right, BFLOAT16)
@@ -109,7 +114,7 @@ WRONG = {
 @functools.cache
 def control() -> tuple[Any, Any]:
     """Arrays in two chunks of one document, and what the recurrence gives; the kernels give that too."""
-    arrays = inputs(66, 64, 64, batch=1)
+    arrays = inputs(66, 64, 64)
     arrays[4], arrays[6] = jnp.full_like(arrays[4], -0.001), jnp.zeros_like(arrays[6])
     right = jax.jit(tpu.reference)(*(x.astype(jnp.float32) for x in arrays[:6]), arrays[6])
     assert_same(NAMES, chunk_delta_keys(*arrays, False, STRICT), right, BFLOAT16)
@@ -133,7 +138,7 @@ def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     """That of log decays by a twentieth, as a control too."""
     right = delta_keys_pairs._write_parts
     monkeypatch.setattr(delta_keys_pairs, "_write_parts", lambda near, values: right(near, 0.95 * values))
-    arrays = inputs(5, 64, 64, batch=1)
+    arrays = inputs(5, 64, 64)
     found = pulled_kernel.__wrapped__(True)(*arrays)  # compiled anew
     with pytest.raises(AssertionError, match="d log_decay"):
         assert_same(NAMES, found, expected(arrays), BFLOAT16)
