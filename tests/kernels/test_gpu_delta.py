@@ -14,6 +14,7 @@ import pytest
 
 from kernels_pallas import delta as tpu
 from kernels_pallas.gpu import common, delta_program, delta_solve, walk
+from kernels_pallas.gpu import delta as gpu
 from kernels_pallas.gpu.delta import chunk_delta, shared_memory
 from seqmodels.operators import delta_rule
 from tests.kernels.common import H100, assert_same, gpu_kernels_of, in_float64, pulled
@@ -115,6 +116,26 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
     with pytest.raises(AssertionError):
         assert_same(NAMES, run(), found, BFLOAT16)
+
+
+@interpreted
+@pytest.mark.slow
+def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the state loses a twentieth between chunks, as a control too; what does not depend on it is right."""
+    *arrays, segment = inputs(66, 64, 64, batch=1, dtype=jnp.bfloat16)
+    arrays[4], segment = jnp.full_like(arrays[4], -0.001), jnp.zeros_like(segment)
+    right = gpu.walk
+
+    def wrong(interpret: Any, *arrays: Any, **others: Any) -> Any:
+        if "errors" in others:
+            arrays = (*arrays[:3], arrays[3].at[..., walk.CARRIED, -1].multiply(0.95), *arrays[4:])
+        return right(interpret, *arrays, **others)
+
+    monkeypatch.setattr(gpu, "walk", wrong)
+    found = jax.jit(functools.partial(pulled, lambda *a: chunk_delta(*a, segment, True, STRICT)))(*arrays)
+    expected = in_float64(lambda *a: tpu.reference(*a, segment), *arrays, how=pulled)
+    with pytest.raises(AssertionError, match="'d key'"):
+        assert_same(NAMES, found, expected, BFLOAT16)
 
 
 def gradients(*arrays: Any, save: bool = False) -> Any:
