@@ -110,6 +110,7 @@ def test_the_kernel_equals_the_recurrence_in_float64(
 
 
 @each
+@pytest.mark.usefixtures("quick_compilation")
 def test_steps_that_turn_round_what_was_just_written_lose_little(kind: str) -> None:
     """Keys that are almost one, strengths near 2 and no decay: the furthest an inverse gets from the identity."""
     arrays = inputs(130, 16, 8, heads=1, per_key=kind == "per key", stiff=True)

@@ -153,8 +153,8 @@ def gradients(*arrays: Any, save: bool = False) -> Any:
 
 @pytest.mark.parametrize("shape", [*REAL[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in REAL[1:])], ids=str)
 def test_the_kernels_lower_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
-    """Inverses and a walk forward; backward those two again, then inverses, a walk and gradients: each in as much memory
-    as is counted."""
+    """Inverses and a walk forward; backward those two again, then inverses, a walk and gradients: each in as much
+    memory as is counted."""
     taken = shared_memory_of(gradients, *shapes("per head", *shape, "bfloat16"))
     counted = shared_memory(shape[3], shape[3])
     order = ("inverses", "forward", "inverses", "forward", "inverses", "backward", "gradients")
