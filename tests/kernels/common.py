@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax._src.mesh import AbstractDevice
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh
 
-# Memory that was not written is NaN, reads and writes out of bounds raise, and so do races.
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+# Memory that was not written is NaN, reads and writes out of bounds raise, and races are looked for between two cores
+# that share the points of the parallel axes: there have to be two such points. jax 0.12 raises at a race, jax 0.10
+# prints it alone; `without_races`, which is around every test here, fails then too.
+STRICT = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
+)
 TPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
 GPU = lambda kind, cores: AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, cores, platform="gpu"))
 H100, A100 = GPU("NVIDIA H100 80GB HBM3", 132), GPU("NVIDIA A100-SXM4-80GB", 108)
 VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of the default limit, a fifth left to the compiler
+
+
+@contextlib.contextmanager
+def without_races() -> Iterator[None]:
+    """Fails if any kernel that was interpreted within had a race; each starts a record of its own."""
+    records: list[Any] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        records.append(RaceDetectionState(*arguments, **options))
+        return records[-1]
+
+    try:
+        with mock.patch.object(interpret_pallas_call, "RaceDetectionState", recorded):
+            yield
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()  # after an error nothing is interpreted before this
+    assert not any(record.races_found for record in records), "RACE DETECTED, as printed above"
 
 
 def graded(run: Callable[..., Any], *arrays: Any) -> Any:
@@ -58,6 +84,21 @@ def assert_same(names: Sequence[str], found: Any, right: Any, tolerance: float) 
     for name, x, y in zip(names, found, right, strict=False):
         size = np.max(np.abs(y))
         chex.assert_trees_all_close({name: wide(x) / size}, {name: wide(y) / size}, rtol=0, atol=tolerance)
+
+
+def losing(kernel: Callable[..., None], held: int = -1) -> Callable[..., None]:
+    """A kernel that is wrong, for controls: of what it carries from chunk to chunk a thousandth is lost."""
+
+    def wrong(*refs: Any) -> None:
+        kernel(*refs)
+        refs[held][...] *= 0.999
+
+    return wrong
+
+
+# Of the controls of a family the gradient's is left to the slow tier.
+parts = pytest.mark.parametrize("part", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+result_of: dict[str, Callable[..., Any]] = {"forward": lambda run, *arrays: run(*arrays), "backward": graded}
 
 
 def kernels_of(run: Callable[..., Any], *shapes: Any) -> int:

@@ -14,10 +14,18 @@ import pytest
 
 from kernels_pallas import delta as tpu
 from kernels_pallas.gpu import common, delta_program, delta_solve, walk
+from kernels_pallas.gpu import delta as gpu
 from kernels_pallas.gpu.delta import chunk_delta, shared_memory
 from seqmodels.operators import delta_rule
 from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
-from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
+from tests.kernels.hopper import (
+    STRICT,
+    assert_it_says_why_not,
+    interpreted,
+    packed,
+    pretend_hopper,
+    shared_memory_of,
+)
 from tests.kernels.test_delta import NAMES, REAL, inputs, shapes
 from tests.kernels.test_gpu_outer import BFLOAT16
 
@@ -117,6 +125,26 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
         assert_same(NAMES, run(), found, BFLOAT16)
 
 
+@interpreted
+@pytest.mark.slow
+def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the state loses a twentieth between chunks, as a control too; what does not depend on it is right."""
+    *arrays, segment = inputs(66, 64, 64, batch=1, dtype=jnp.bfloat16)
+    arrays[4], segment = jnp.full_like(arrays[4], -0.001), jnp.zeros_like(segment)
+    right = gpu.walk
+
+    def wrong(interpret: Any, *arrays: Any, **others: Any) -> Any:
+        if "errors" in others:
+            arrays = (*arrays[:3], arrays[3].at[..., walk.CARRIED, -1].multiply(0.95), *arrays[4:])
+        return right(interpret, *arrays, **others)
+
+    monkeypatch.setattr(gpu, "walk", wrong)
+    found = jax.jit(functools.partial(pulled, lambda *a: chunk_delta(*a, segment, True, STRICT)))(*arrays)
+    expected = in_float64(lambda *a: tpu.reference(*a, segment), *arrays, how=pulled)
+    with pytest.raises(AssertionError, match="'d key'"):
+        assert_same(NAMES, found, expected, BFLOAT16)
+
+
 def gradients(*arrays: Any, save: bool = False) -> Any:
     run = functools.partial(chunk_delta, save_states=save)
     loss = lambda *a: sum(jnp.sum(x.astype(jnp.float32)) for x in run(*a, arrays[6]))
@@ -125,8 +153,12 @@ def gradients(*arrays: Any, save: bool = False) -> Any:
 
 @pytest.mark.parametrize("shape", [*REAL[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in REAL[1:])], ids=str)
 def test_the_kernels_lower_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
-    """Inverses and a walk forward; backward those two again, then inverses, a walk and gradients."""
-    assert gpu_kernels_of(gradients, *shapes("per head", *shape, "bfloat16")) == 7
+    """Inverses and a walk forward; backward those two again, then inverses, a walk and gradients: each in as much
+    memory as is counted."""
+    taken = shared_memory_of(gradients, *shapes("per head", *shape, "bfloat16"))
+    counted = shared_memory(shape[3], shape[3])
+    order = ("inverses", "forward", "inverses", "forward", "inverses", "backward", "gradients")
+    assert all(x <= counted[name] for x, name in zip(taken, order, strict=True))
 
 
 @pytest.mark.slow

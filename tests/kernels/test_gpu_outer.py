@@ -18,7 +18,14 @@ from kernels_pallas.gpu import outer as gpu
 from kernels_pallas.gpu.outer import chunk_outer, shared_memory
 from seqmodels.operators import gated_linear_attention
 from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
-from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
+from tests.kernels.hopper import (
+    STRICT,
+    assert_it_says_why_not,
+    interpreted,
+    packed,
+    pretend_hopper,
+    shared_memory_of,
+)
 
 # bfloat16 keeps 8 bits (4e-3) of scores, weighted values and states in every product, and of the outputs.
 BFLOAT16 = 1e-2
@@ -103,6 +110,27 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
         assert_same(NAMES, run(), found, BFLOAT16)
 
 
+@interpreted
+@pytest.mark.slow
+def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the state loses a twentieth between chunks, as a control too; what does not depend on it is right."""
+    *arrays, segment = inputs(66, 64, 64, batch=1, groups=1, heads=1)
+    arrays[3], segment = jnp.full_like(arrays[3], -0.001), jnp.zeros_like(segment)
+    right = gpu.walk
+
+    def wrong(kind: walk.Walk, interpret: Any, *arrays: Any, **others: Any) -> Any:
+        if kind.backward:
+            lost = arrays[3].at[..., walk.CARRIED, -1].multiply(0.95)
+            arrays = (*arrays[:3], lost, *arrays[4:])
+        return right(kind, interpret, *arrays, **others)
+
+    monkeypatch.setattr(gpu, "walk", wrong)
+    found = jax.jit(functools.partial(pulled, lambda *a: chunk_outer(*a, segment, STRICT)))(*arrays)
+    expected = in_float64(lambda *a: tpu.reference(*a, segment), *arrays, how=pulled)
+    with pytest.raises(AssertionError, match="'d key'"):
+        assert_same(NAMES, found, expected, BFLOAT16)
+
+
 def test_differences_of_sums_lose_no_digits() -> None:
     """Small decays beside large ones, exp(-inf) and starts: every sum between two steps, against float64."""
     log_decay = -jnp.exp(jax.random.uniform(jax.random.key(1), (3, 128), minval=-14, maxval=5))
@@ -139,8 +167,11 @@ def gradients(*arrays: Any) -> Any:
 
 @pytest.mark.parametrize("shape", [*REAL[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in REAL[1:])], ids=str)
 def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
-    """One program for the output and three for the gradients, on any host; with heads that share keys too."""
-    assert gpu_kernels_of(gradients, *shapes(*shape)) == 4
+    """One program for the output and three for the gradients, on any host, each in as much memory as is counted; with
+    heads that share keys too."""
+    taken = shared_memory_of(gradients, *shapes(*shape))
+    counted = shared_memory(shape[3], shape[3]).values()
+    assert all(x <= y for x, y in zip(taken, counted, strict=True))
     assert gpu_kernels_of(chunk_outer, *shapes(*shape, groups=shape[2] // 4)) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from kernels_pallas.gpu.selective import selective_scan, shared_bytes
 from kernels_pallas.selective import reference
 from seqmodels import operators
 from tests.kernels.common import assert_same, graded, in_float64
-from tests.kernels.hopper import ALONE, SHARED, STRICT, interpreted, shared_memory_of
+from tests.kernels.hopper import ALONE, SHARED, STRICT, interpreted, packed, pretend_hopper, shared_memory_of
 
 # float32 rounding (6e-8) through sums over steps, entries and channels, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -126,6 +127,21 @@ def test_errors_name_the_shapes() -> None:
         selective_scan(*arrays[:3], arrays[3][:, 1:], *arrays[4:], segment[:, 1:])
     with pytest.raises(ValueError, match=r"states of 64 entries take \d+ bytes of shared memory, more than 232448"):
         jax.eval_shape(selective_scan, *shapes(1, 64, 128, 64, "bfloat16"))
+
+
+@interpreted
+@pytest.mark.slow
+def test_the_family_calls_it_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed documents and padding that is NaN, as a loop over tokens has them."""
+    x, dt, a, b, c, state, _ = inputs(20, 6, 4)
+    segments, poison = packed()
+    arrays = (poison(x), poison(dt), a, poison(b), poison(c), jnp.arange(6.0), state)
+    called: list[Any] = []
+    pretend_hopper(monkeypatch)
+    monkeypatch.setattr(selective, "selective_scan", lambda *a: called.append(a) or selective_scan(*a))
+    run = lambda method: jax.jit(functools.partial(operators.selective_scan, segments=segments, method=method))(*arrays)
+    chex.assert_trees_all_close(run("pallas"), run("sequential"), rtol=FLOAT32, atol=10 * FLOAT32)
+    assert len(called) == 1
 
 
 def test_the_family_lowers_with_it_for_hopper() -> None:

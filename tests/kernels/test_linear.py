@@ -15,7 +15,7 @@ from kernels_pallas import linear
 from kernels_pallas.linear import linear_scan, reference, vmem_bytes
 from seqmodels import Segments
 from seqmodels.operators import diagonal_scan, kernels
-from tests.kernels.common import STRICT, VMEM, assert_same, graded, in_float64, kernels_of
+from tests.kernels.common import STRICT, VMEM, assert_same, graded, in_float64, kernels_of, losing, parts, result_of
 
 # float32 rounding (6e-8) through sums of up to 128 steps, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -43,14 +43,14 @@ def inputs(length: int, channels: int, *, batch: int = B, dtype: Any = jnp.float
 
 CASES = [
     # length, channels, batch, type, how the kernel runs
-    pytest.param(200, 20, 2, jnp.float32, True, id="chunk and a part"),
+    pytest.param(130, 8, 2, jnp.float32, STRICT, id="strictly"),
     pytest.param(200, 6, 2, jnp.complex64, True, id="complex"),
     *(
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
             "one step": (1, 128, 2, jnp.float32, True),
-            "strictly": (130, 8, 1, jnp.float32, STRICT),
-            "complex, strictly": (130, 6, 1, jnp.complex64, STRICT),
+            "chunk and a part": (200, 20, 2, jnp.float32, True),
+            "complex, strictly": (130, 6, 2, jnp.complex64, STRICT),
             "several blocks": (257, 256 * 3, 1, jnp.float32, True),
             "bfloat16": (130, 24, 2, jnp.bfloat16, True),
         }.items()
@@ -71,21 +71,19 @@ def test_the_kernel_equals_the_recurrence_in_float64(
     assert_same(NAMES, found, right, BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32)
 
 
-def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that loses a thousandth of the state between two chunks, as a control of the test above."""
-    right = linear._forward_kernel
-
-    def wrong(count: int, *refs: Any) -> None:
-        right(count, *refs)
-        refs[-1][...] *= 0.999
-
+@parts
+def test_a_kernel_that_is_wrong_is_found(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loses a thousandth of the state between chunks, or of its gradient, as a control of the test above."""
     log_decay, drive, state, segment = inputs(130, 8, batch=1)
-    arrays = (jnp.full_like(log_decay, -0.01), drive, state, jnp.zeros_like(segment))
-    run = lambda: jax.jit(lambda *a: linear_scan(*a, linear.CHUNK, True))(*arrays)
-    assert_same(NAMES, run(), reference(*arrays), FLOAT32)
-    monkeypatch.setattr(linear, "_forward_kernel", wrong)
-    with pytest.raises(AssertionError, match="h"):
-        assert_same(NAMES, run(), reference(*arrays), FLOAT32)
+    arrays, segment = (jnp.full_like(log_decay, -0.01), drive, state), jnp.zeros_like(segment)
+    how = result_of[part]
+    right = in_float64(lambda *a: reference(*a, segment), *arrays, how=how)
+    run = lambda: jax.jit(lambda *a: how(lambda *b: linear_scan(*b, segment, linear.CHUNK, True), *a))(*arrays)
+    if part == "forward":
+        assert_same(NAMES, run(), right, FLOAT32)
+    monkeypatch.setattr(linear, f"_{part}_kernel", losing(getattr(linear, f"_{part}_kernel")))
+    with pytest.raises(AssertionError, match="'h'" if part == "forward" else "'d log_decay'"):
+        assert_same(NAMES, run(), right, FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])

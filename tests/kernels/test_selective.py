@@ -18,7 +18,7 @@ from kernels_pallas.selective import reference, selective_scan, vmem_bytes
 from seqmodels import Segments
 from seqmodels import operators as families
 from seqmodels.operators import kernels
-from tests.kernels.common import STRICT, TPU, VMEM, assert_same, graded, in_float64
+from tests.kernels.common import STRICT, TPU, VMEM, assert_same, graded, in_float64, losing, parts, result_of
 
 # float32 rounding (6e-8) through states of up to 128 steps and sums over them, relative to the largest entry.
 FLOAT32 = 1e-5
@@ -45,13 +45,13 @@ def inputs(length: int, channels: int, size: int, *, batch: int = B, dtype: Any 
 
 CASES = [
     # length, channels, state size, batch, type, whether states are kept, how the kernel runs
-    pytest.param(200, 20, 6, 2, jnp.float32, True, True, id="chunk and a part"),
+    pytest.param(130, 8, 8, 2, jnp.float32, True, STRICT, id="strictly"),
     *(
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
             "one step": (1, 128, 16, 2, jnp.float32, True, True),
-            "several blocks, strictly": (130, 264, 8, 1, jnp.float32, True, STRICT),
-            "states computed again, strictly": (130, 8, 8, 1, jnp.float32, False, STRICT),
+            "chunk and a part": (200, 20, 6, 2, jnp.float32, True, True),
+            "several blocks, states computed again, strictly": (130, 132, 8, 1, jnp.float32, False, STRICT),
             "several blocks": (257, 256 * 2, 16, 1, jnp.float32, False, True),
             "large states": (130, 24, 32, 1, jnp.float32, True, True),
             "bfloat16": (130, 24, 16, 2, jnp.bfloat16, True, True),
@@ -75,21 +75,22 @@ def test_the_kernel_equals_the_recurrence_in_float64(
     assert_same(NAMES, found, right, BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32)
 
 
-def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that loses a thousandth of the state between two chunks, as a control of the test above."""
-    right = selective_kernels.forward
-
-    def wrong(*refs: Any) -> None:
-        right(*refs)
-        refs[-7][...] *= 0.999  # what is held from chunk to chunk
-
-    arrays = inputs(130, 8, 8, batch=1)
-    arrays[2], arrays[6] = jnp.full_like(arrays[2], -0.01), jnp.zeros_like(arrays[6])
-    run = lambda: jax.jit(lambda *y: selective_scan(*y, selective.CHUNK, True, True))(*arrays)
-    assert_same(NAMES, run(), reference(*arrays), FLOAT32)
-    monkeypatch.setattr(selective_kernels, "forward", wrong)
-    with pytest.raises(AssertionError, match="y"):
-        assert_same(NAMES, run(), reference(*arrays), FLOAT32)
+@parts
+def test_a_kernel_that_is_wrong_is_found(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loses a thousandth of the state between chunks, or of its gradient, as a control of the test above."""
+    *arrays, segment = inputs(130, 8, 8, batch=1)
+    arrays[2], segment = jnp.full_like(arrays[2], -0.01), jnp.zeros_like(segment)
+    how = result_of[part]
+    right = in_float64(lambda *y: reference(*y, segment), *arrays, how=how)
+    run = lambda: jax.jit(lambda *y: how(lambda *z: selective_scan(*z, segment, selective.CHUNK, True, True), *y))(
+        *arrays
+    )
+    if part == "forward":
+        assert_same(NAMES, run(), right, FLOAT32)
+    held = {"forward": -7, "backward": -13}[part]  # among the scratch, what is held from chunk to chunk
+    monkeypatch.setattr(selective_kernels, part, losing(getattr(selective_kernels, part), held))
+    with pytest.raises(AssertionError, match="'y'" if part == "forward" else "'d x'"):
+        assert_same(NAMES, run(), right, FLOAT32)
 
 
 def shapes(batch: int, length: int, channels: int, size: int, dtype: Any) -> list[Any]:

@@ -53,10 +53,10 @@ def test_on_a_cpu_the_diagonal_scan_is_a_loop_that_moves_nothing(gradients: bool
     assert sum(line.endswith(" while") for line in found["auto"]) == 1 + gradients
 
 
-def matrices(length: int, size: int, gate: int) -> tuple[Any, Any]:
-    """Three arrays [B, T, H, K] and the gates [B, T, H] or [B, T, H, K]."""
-    x = jnp.ones((1, length, 1, size))
-    return (x, x, x), (x if gate == 4 else x[..., 0])
+def matrices(length: int, size: int, gate: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+    """Three arrays [B, T, H, K] and the gates [B, T, H] or [B, T, H, K], which are float32."""
+    x, gates = jnp.ones((1, length, 1, size), dtype), jnp.ones((1, length, 1, size))
+    return (x, x, x), (gates if gate == 4 else gates[..., 0])
 
 
 def selective(length: int, size: int) -> Any:
@@ -68,7 +68,7 @@ PROGRAMS = {
     "outer": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g)[0], matrices(n, k, 3)),
     "outer, a decay per key": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g)[0], matrices(n, k, 4)),
     "delta": lambda n, k: (lambda x, g: delta_rule(*x, g, -g)[0], matrices(n, k, 3)),
-    "exponential": lambda n, k: (lambda x, g: mlstm_scan(*x, g, -g)[0], matrices(n, k, 3)),
+    "exponential, bfloat16": lambda n, k: (lambda x, g: mlstm_scan(*x, g, -g)[0], matrices(n, k, 3, jnp.bfloat16)),
     "selective": selective,
 }
 
@@ -79,17 +79,20 @@ def trained(function: Any, arguments: Any) -> Any:
 
 
 def entries(program: Any) -> list[int]:
-    """Of every float32 array in the program."""
-    return [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program.as_text())]
+    """Of every array of floats in the program, whatever their width."""
+    return [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\bb?f\d+\[([\d,]+)\]", program.as_text())]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "outer" else pytest.mark.slow) for name in PROGRAMS]
 )
 def test_states_of_all_steps_are_in_no_array(name: str) -> None:
-    """Of a training step's program no array has T K V entries (T D N), and what it needs grows as T does."""
+    """Of a training step's program no array has T K V entries (T D N), and what it needs grows as T does.
+
+    Lengths are beyond what is kept at once for the gradient: from there on parts are computed again.
+    """
     size, needed = 32, []
-    for length in (512, 1024):
+    for length in (2048, 4096):
         program = trained(*PROGRAMS[name](length, size))
         largest = max(entries(program))
         assert length * size <= largest < length * size * size
