@@ -10,7 +10,7 @@ from typing import Any
 from experiments.bench.kernels_cases import cases
 
 Row = dict[str, Any]
-FLOORS = {"product": "a product's rate", "copy": "a copy's", "exponential": "exponentials'"}
+FLOORS = {"product": "a product's rate", "copy": "a copy's rate", "exponential": "the rate of exponentials"}
 
 
 def write(path: Path) -> list[Path]:
@@ -24,13 +24,14 @@ def write(path: Path) -> list[Path]:
     listed = lambda lines: "".join(f"- {line}\n" for line in lines) or "- none\n"
     text = f"""# Kernels
 
-{devices_without(timed)}Times beside three floors: the products with the state over the measured rate of products, what
-has to be read and written over that of a copy, and exponentials, where every token needs one for each channel or entry
-of its state, over that of exponentials in registers. The largest counts, and is named. With gradients: the forward pass
-and gradients of all inputs; products and bytes are three times the forward ones, exponentials the same, which a backward
-pass may keep. Pairs are forward / with gradients. Peaks are what a compiled program needs, arguments included. Errors are
-on one head of the longest document, against a loop over tokens in float64, relative to an array's largest entry.
-Implementations are compared within one run alone, and a shape has the rows of the newest run that took it.
+{devices_without(timed)}
+Times beside three floors: the products with the state over the measured rate of products, what has to be read and
+written over that of a copy, and exponentials, where every token needs one for each channel or entry of its state, over
+that of exponentials in registers. The largest counts, and is named. With gradients: the forward pass and gradients of
+all inputs; products and bytes are three times the forward ones, exponentials the same, which a backward pass may keep.
+Pairs are forward / with gradients. Peaks are what a compiled program needs, arguments included. Errors are on one head
+of the longest document, against a loop over tokens in float64, relative to an array's largest entry. Implementations
+are compared within one run alone, and a shape has the rows of the newest run that took it.
 
 Runs:
 
@@ -53,9 +54,9 @@ Not run, of the full list:
 
 def devices_without(timed: list[Row]) -> str:
     """Says in bold of which kinds of device there is no figure."""
-    there = {{"cuda": "gpu"}.get(name, name) for name in (row["device"].split()[0] for row in timed)}
-    missing = [name for name in ("gpu", "tpu") if name not in there]
-    return f"**No {' or '.join(missing).upper().replace(' OR ', ' or ')} figure was taken.** " if missing else ""
+    there = {row["device"].split()[0].upper().replace("CUDA", "GPU") for row in timed}
+    missing = [name for name in ("GPU", "TPU") if name not in there]
+    return f"**No {' or '.join(missing)} figure was taken.**\n" if missing else ""
 
 
 def device_kind(row: Row) -> str:
@@ -79,7 +80,7 @@ def origin(rows: list[Row]) -> str:
     if machine is not None:
         rates = (
             f" a copy moves {machine['copy_gb_s']:.1f} GB/s, products in {machine['dtype']} do "
-            f"{machine['product_gop_s']:,.0f} Gop/s, there are {machine['exponential_g_s']:.2f} G exponentials a second;"
+            f"{machine['product_gop_s']:,.0f} Gop/s, an exponential takes {1 / machine['exponential_g_s']:.3g} ns;"
         )
     return (
         f"{row['device']}; {row['time']}; jax {versions['jax']}, Python {versions['python']}; commit {row['commit']};"
@@ -161,7 +162,8 @@ def cells(row: Row) -> dict[str, str]:
         "family": row["family"], "shape": row["shape"], "implementation": row["implementation"],
         "ms": number("ms_forward", "{:.3g}"), "ms with gradients": number("ms_forward_backward", "{:.3g}"),
         "TFLOP/s": both("tflops", "{:.3g}"), "GB/s": both("gb_per_s", "{:.3g}"),
-        "floor ms": number("floor_ms", "{:.3g}"), "floor of": binding(row), "times the floor": number("ratio", "{:.2f}"),
+        "floor ms": number("floor_ms", "{:.3g}"), "floor of": binding(row),
+        "times the floor": number("ratio", "{:.2f}"),
         "with gradients": number("ratio_forward_backward", "{:.2f}"),
         "peak MB": f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else "",
         "error": number("error", "{:.0e}"), "note": row.get("note", ""),
