@@ -1,6 +1,8 @@
-"""`python -m experiments.bench [scan|decode|compile|step|training|peers|kernels ...] [--quick] [--out FILE]`; the first
-four where none is named. `training` times steps of whole models, `peers` compares some with transformers, for which it
-needs the extra `parity`, and `kernels` are the hot scans at the shapes of real models, with a report beside FILE.
+"""`python -m experiments.bench [scan|decode|compile|step|training|peers|kernels|memory ...] [--quick] [--out FILE]`;
+the first four where none is named. `training` times steps of whole models, `peers` compares some with transformers, for
+which it needs the extra `parity`, `kernels` are the hot scans at the shapes of real models, with a report beside FILE,
+and `memory` compiles scans with their gradients to see what a token takes. What fails among kernels is noted, named at
+the end, and makes the status 1.
 
 Each implementation is checked against its oracle before it is timed. Rows are appended to FILE as JSON lines, each with
 the command, commit, versions and device.
@@ -19,9 +21,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from experiments.command import guarded
+from experiments.command import fail, guarded
 
-Name = Literal["scan", "decode", "compile", "step", "training", "peers", "kernels"]
+Name = Literal["scan", "decode", "compile", "step", "training", "peers", "kernels", "memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Options:
     """Which parts to run."""
     quick: bool = False
     """Small sizes, to see that everything runs; the figures mean nothing."""
-    out: Path = Path("runs/bench.jsonl")
-    """JSON lines, one a measurement; later runs are added."""
+    out: Path | None = None
+    """JSON lines, one a measurement; later runs are added. runs/bench.jsonl, or runs/kernels.jsonl of kernels."""
     seed: int = 0
     shapes: tuple[str, ...] = ()
     """Of kernels: only families and shapes that contain one of these, as "delta" or "4x2048x16x128"."""
@@ -68,7 +70,7 @@ class Part(NamedTuple):
 
 
 def parts(options: Options | None = None) -> dict[str, Part]:
-    from experiments.bench import kernels, kernels_report, models, peers, scans, training
+    from experiments.bench import kernels, kernels_report, memory, models, peers, scans, training
 
     options = options or Options()
     given = {"shapes": options.shapes, "peer": options.peer, "dtype": options.dtype}
@@ -81,6 +83,7 @@ def parts(options: Options | None = None) -> dict[str, Part]:
         "training": Part(training.rows, training.verdicts, training.cells),
         "peers": Part(peers.rows, peers.verdicts),
         "kernels": Part(functools.partial(kernels.rows, **given), kernels_report.verdicts, kernels_report.cells),
+        "memory": Part(memory.rows, memory.verdicts, memory.cells),
     }
 
 
@@ -96,10 +99,12 @@ def main(arguments: Sequence[str]) -> None:
     print(
         f"{record['device']}; a copy moves {rates().copy / 1e9:.1f} GB/s, a product {rates().product / 1e9:.0f} Gop/s"
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
     for name in options.what:
+        out = options.out or Path("runs") / ("kernels.jsonl" if name == "kernels" else "bench.jsonl")
+        out.parent.mkdir(parents=True, exist_ok=True)
         part, found = parts(options)[name], []
-        with options.out.open("a") as file:
+        with out.open("a") as file:
             for row in part.rows(quick=options.quick, seed=options.seed):
                 print(f"  {shown(part.cells(row))}", flush=True)
                 file.write(json.dumps({"bench": name, **row, **record}) + "\n")
@@ -110,8 +115,12 @@ def main(arguments: Sequence[str]) -> None:
         if name == "kernels":
             from experiments.bench.kernels_report import write
 
-            print(f"written: {', '.join(map(str, write(options.out)))}")
-    print(f"rows: {options.out}")
+            print(f"written: {', '.join(map(str, write(out)))}")
+        print(f"rows: {out}")
+        failed += [row for row in found if row.get("failed")]
+    if failed:
+        told = (f"{row['family']} {row['shape']}, {row['implementation']}: {row['note']}" for row in failed)
+        fail("\n  ".join([f"{len(failed)} failed", *told]), 1)
 
 
 def _a_device_a_core() -> None:
@@ -131,7 +140,7 @@ def table(name: str, found: list[dict[str, Any]]) -> str:
     """Markdown, without the columns that are empty."""
     cells = [parts()[name].cells(row) for row in found]
     columns = [column for column in cells[0] if any(row[column] for row in cells)]
-    words = {"case", "what", "quartiles", "family", "shape", "implementation", "note"}
+    words = {"case", "what", "quartiles", "family", "shape", "implementation", "note", "floor of"}
     lines = [columns, ["---" if column in words else "---:" for column in columns]]
     lines += [[row[column] for column in columns] for row in cells]
     return f"\n{name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,37 +76,59 @@ def side_by_side(
 
 
 class Work(NamedTuple):
-    """What a computation cannot do without: bytes that it reads and writes, and operations in products."""
+    """What a computation cannot do without: bytes that it reads and writes, operations in products, exponentials."""
 
     moved: float
     operations: float
+    exponentials: float = 0.0
 
 
 class Rates(NamedTuple):
-    """What this machine reaches: bytes a second, read and written by a large copy; operations a second of a product."""
+    """What this machine reaches in a second: bytes read and written by a large copy, operations of a large product,
+    and exponentials in float32 of what lies in registers."""
 
     copy: float
     product: float
+    exponential: float = math.inf
+
+    def floors(self, work: Work) -> dict[str, float]:
+        """Seconds that the machine needs at these rates for each part of the work that there is."""
+        found = {
+            "copy": work.moved / self.copy,
+            "product": work.operations / self.product,
+            "exponential": work.exponentials / self.exponential,
+        }
+        return {name: seconds for name, seconds in found.items() if seconds}
 
     def share(self, work: Work, seconds: float) -> float:
         """The part of the time that the machine would need for the same work at these rates."""
-        return max(work.moved / self.copy, work.operations / self.product) / seconds
+        return max(self.floors(work).values()) / seconds
+
+
+def rates(dtype: Any = "float32") -> Rates:
+    """Measured once a process and type of products; copies and exponentials are in float32 in any case."""
+    return _rates(jnp.dtype(dtype).name)
 
 
 @functools.cache
-def rates(dtype: str = "float32") -> Rates:
-    """Measured once a process and type; copies are in float32 in any case."""
-    large = jnp.ones(1 << 26 if jax.default_backend() != "cpu" else 1 << 24)
-    side = 8192 if jax.default_backend() != "cpu" else 1024
-    square = jnp.ones((side, side), dtype)
+def _rates(dtype: str) -> Rates:
+    on_cpu = jax.default_backend() == "cpu"
+    large, side, chain = jnp.ones(1 << (24 if on_cpu else 26)), 1024 if on_cpu else 8192, 16
+    few, square = large[: large.size // 8], jnp.ones((side, side), dtype)
     copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda x: x @ x)
-    taken = side_by_side({"copy": lambda: copy(large), "product": lambda: product(square)}, budget=0.5)
-    return Rates(2 * large.nbytes / taken["copy"].low, 2 * side**3 / taken["product"].low)
+    exponential = jax.jit(lambda x: functools.reduce(lambda x, _: jnp.exp(-x), range(chain), x))
+    runs = {
+        "copy": lambda: copy(large),
+        "product": lambda: product(square),
+        "exponential": lambda: exponential(few),
+    }
+    low = {name: taken.low for name, taken in side_by_side(runs, budget=0.5).items()}
+    return Rates(2 * large.nbytes / low["copy"], 2 * side**3 / low["product"], chain * few.size / low["exponential"])
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays, which may be there in shape and type alone."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def largest_error(actual: Any, expected: Any) -> float:

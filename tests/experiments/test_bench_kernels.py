@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import fla, kernels, measure
+from experiments.bench import fla, kernels, kernels_cases, kernels_report, measure, memory
 from experiments.bench.case import over_heads
-from experiments.bench.kernels import FAMILIES, MATRICES, Shape
+from experiments.bench.kernels_cases import FAMILIES, MATRICES, SMALL, Shape
 from experiments.bench.kernels_report import latest
-from experiments.bench.measure import Quartiles
+from experiments.bench.measure import Quartiles, Rates, Work
 
 KEYS = ("device", "family", "implementation", "shape", "ms_forward", "ms_forward_backward", "floor_ms")
 
@@ -34,25 +34,104 @@ def test_documents_fill_a_row_and_are_of_mixed_lengths() -> None:
     assert str(MATRICES[-1]) == "1x8192x16x128, 16 documents"
 
 
-def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures mean nothing."""
     monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: measure.side_by_side(runs, budget=0, least=1))
+
+
+def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    few_turns(monkeypatch)
     out = tmp_path / "cpu.jsonl"
     bench.main(["kernels", "--quick", "--shapes", "diagonal", "head 1x256", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["family"], row["implementation"]) for row in rows] == [
+    timed = [row for row in rows if "note" not in row]
+    assert [(row["family"], row["implementation"]) for row in timed] == [
         ("outer, a decay per head", "XLA chunked"),
         *(("diagonal", name) for name in ("XLA auto", "XLA sequential", "XLA chunked", "associative_scan")),
     ]
-    for row in rows:
+    for row in timed:
         assert all(row[key] is not None for key in KEYS)
         assert row["ratio"] == pytest.approx(row["ms_forward"] / row["floor_ms"])
         assert row["error"] < kernels.TOLERANCE["float32"]
+        assert row["copy_gb_s"] == row["rates"]["copy"] / 1e9  # measured once
+    assert {(row["family"], row["implementation"]) for row in rows if "note" in row} == {
+        ("outer, a decay per head", "Pallas"),
+        ("outer, a decay per head", kernels.PER_CORE),
+        ("outer, a decay per head", "associative_scan"),
+        ("diagonal", "Pallas"),
+    }
     text = (tmp_path / "cpu.md").read_text()
-    assert "| diagonal | 2x256x32 | associative_scan |" in text
-    assert "of the floor's rate; " in text
+    assert "**No GPU or TPU figure was taken.**" in text
+    assert "| 1 | diagonal | 2x256x32 | associative_scan |" in text
+    assert f"a copy moves {timed[0]['copy_gb_s']:.1f} GB/s" in text
+    assert "- associative_scan (run 1), left out: takes no documents: outer, a decay per head 1x256x2x32" in text
+    assert "- cpu cpu: outer, a decay per head, 2x256x2x32\n" in text
     assert rows[0]["device"] in text
     assert (tmp_path / "cpu.png").stat().st_size > 1000
     assert "written: " in capsys.readouterr().out
+
+
+def test_one_that_raises_costs_its_own_row_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While compiling, or while running; a refusal of what cannot be served is noted and no failure."""
+    few_turns(monkeypatch)
+
+    def compiling(*_: Any) -> Any:
+        raise NotImplementedError("no such lowering\nwith details")
+
+    def running(*_: Any) -> Any:
+        raise MemoryError
+
+    def refusing(*_: Any) -> Any:
+        raise ValueError("serves TPUs alone")
+
+    def functions(*_: Any) -> dict[str, Any]:
+        return {"Pallas": compiling, "XLA other": refusing, "XLA auto": lambda *x: kernels_cases.diagonal_scan(*x)[0]}
+
+    monkeypatch.setattr(kernels, "_functions", functions)
+    monkeypatch.setattr(kernels, "cases", lambda quick: [(FAMILIES[1], Shape(1, 16, 1, 8))])
+    original = kernels._measured
+    peer = types.SimpleNamespace(inputs=lambda *x: x, made=running, loop=None)
+    monkeypatch.setattr(kernels, "_measured", lambda *x: original(*x[:-1], {"peer": peer}))
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["kernels", "--quick", "--out", str(out)])
+    assert stopped.value.code == 1
+    rows = {row["implementation"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows["XLA auto"]["ms_forward"] > 0
+    assert {name: (row["note"], row.get("failed")) for name, row in rows.items() if "note" in row} == {
+        "Pallas": ("NotImplementedError: no such lowering", True),
+        "peer": ("MemoryError: ", True),
+        "XLA other": ("serves TPUs alone", None),
+    }
+    told = capsys.readouterr().err
+    assert "2 failed\n  diagonal 1x16x8, Pallas: NotImplementedError: no such lowering\n" in told
+
+
+def test_what_does_not_fit_is_left_out_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "there", lambda: 10_000.0)
+    monkeypatch.setattr(kernels, "_arrays", lambda *_: pytest.fail("made"))
+    ours = {"XLA auto": lambda *x: kernels_cases.diagonal_scan(*x)[0]}
+    monkeypatch.setattr(kernels, "_functions", lambda *_: ours)
+    rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 32), "float32", 0, {}))
+    assert [(row["implementation"], row["note"]) for row in rows] == [
+        ("XLA auto", "left out: needs about 0.0 GB, 0.0 are there")
+    ]
+
+
+def test_the_memory_that_is_there() -> None:
+    memory.there.cache_clear()
+    assert 1e8 < memory.there() < 1e14
+
+
+def test_long_scans_on_a_cpu_say_what_they_leave_out() -> None:
+    assert kernels._functions(FAMILIES[1], FAMILIES[1].shapes[0])["XLA chunked"] == (
+        "left out: without products a chunk form takes minutes on a CPU"
+    )
+    found = kernels._functions(FAMILIES[0], MATRICES[0])
+    assert found["associative_scan"] == "left out: the states of all steps alone are 51.5 GB"
+    assert callable(found[kernels.PER_CORE])
 
 
 @pytest.mark.parametrize(
@@ -69,7 +148,7 @@ def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypa
     monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
     name = {"outer": "gated_linear_attention", "delta, gated": "delta_rule", "exponential": "mlstm_scan"}
     function = name.get(family.name.split(",")[0]) or name.get(family.name) or f"{family.name}_scan"
-    original = getattr(kernels, function)
+    original = getattr(kernels_cases, function)
 
     def off(*inputs: Any, **options: Any) -> Any:
         if wrong == "output":
@@ -78,17 +157,88 @@ def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypa
         bent = 1.01 * second - 0.01 * jax.lax.stop_gradient(second)  # the same value
         return (original(first, bent, *rest, **options)[0],)
 
-    shape = kernels.QUICK.get(family.name, kernels.SMALL)[-1]
+    shape = kernels_cases.QUICK.get(family.name, SMALL)[-1]
     good = list(kernels._measured(family, shape, "float32", 0, {}))
     assert good[0]["error"] < 1e-4
-    monkeypatch.setattr(kernels, function, off)
-    with pytest.raises(AssertionError, match=r"is off by .* not timed"):
-        list(kernels._measured(family, shape, "float32", 0, {}))
+    monkeypatch.setattr(kernels_cases, function, off)
+    wrong_rows = [row for row in kernels._measured(family, shape, "float32", 0, {}) if row.get("failed")]
+    ours = {row["implementation"] for row in good if "error" in row} - {"associative_scan"}
+    assert {row["implementation"] for row in wrong_rows} == ours
+    for row in wrong_rows:
+        assert re.search(r"AssertionError: .* is off by .* not timed", row["note"])
 
 
-def test_the_latest_row_counts() -> None:
-    row = dict.fromkeys(("device", "dtype", "family", "shape", "implementation"), "a") | {"bench": "kernels"}
-    assert latest([{**row, "n": 1}, {**row, "bench": "scan"}, {**row, "n": 2}]) == [{**row, "n": 2}]
+def row_of(implementation: str, time: str, milliseconds: float = 1.0, **more: Any) -> dict[str, Any]:
+    row = {"bench": "kernels", "family": "diagonal", "shape": "8x8192x4096", "dtype": "float32", "time": time}
+    row |= {"device": "cpu cpu x 1, 2 cores", "command": "c", "commit": "0", "implementation": implementation}
+    row |= {"ms_forward": milliseconds, "ms_forward_backward": 2 * milliseconds, "copy_gb_s": 20.0}
+    return row | {"shares": {"copy": [0.246 / milliseconds, 0.0011]}} | more
+
+
+def test_the_rows_of_a_shapes_newest_run_count() -> None:
+    old = [row_of("XLA auto", "1", 4.0), row_of("XLA sequential", "1"), row_of("XLA auto", "1", family="delta")]
+    new = [row_of("XLA auto", "2", device="cpu cpu x 2, 2 cores"), row_of("a", "2", device="cpu cpu x 2, 2 cores")]
+    other = row_of("Pallas", "1", device="gpu NVIDIA H100 x 1, 26 cores")
+    assert latest([*old, other, row_of("XLA auto", "3", bench="scan"), *new]) == [old[2], other, *new]
+    unknown = row_of("XLA auto", "3")
+    del unknown["copy_gb_s"]
+    assert latest([unknown]) == []
+    assert list(kernels_report.verdicts(latest([*old[:2], *new]))) == [
+        "diagonal, 8x8192x4096: XLA auto reaches 24.6 % and 0.11 % of a copy's rate; 1.0 and 1.0 times as fast as a"
+    ]
+    assert kernels_report.devices_without([other]) == "**No TPU figure was taken.**\n"
+
+
+def test_what_no_row_has_is_listed() -> None:
+    missing = list(kernels_report.not_run([row_of("XLA auto", "1")]))
+    assert len(missing) == sum(len(family.shapes) for family in FAMILIES) - 1
+    assert "cpu cpu: delta, gated, 8x2048x32x256" in missing
+    assert "cpu cpu: diagonal, 8x8192x4096" not in missing
+
+
+def test_a_row_without_products_has_no_rate_of_them() -> None:
+    cells = kernels_report.cells(row_of("XLA auto", "1", tflops=None, gb_per_s=[1.0, 2.0]))
+    assert (cells["TFLOP/s"], cells["GB/s"], cells["floor of"]) == ("", "1 / 2", "copy")
+    assert [kernels_report.percent(x) for x in (0.372, 0.246, 0.0023)] == ["37 %", "24.6 %", "0.23 %"]
+
+
+def test_the_floor_of_exponentials() -> None:
+    family = FAMILIES[-1]
+    assert family.taken(family.shapes[0]) == 4096 * 4096 * 16
+    assert FAMILIES[0].taken(MATRICES[0]) == 0
+    machine = Rates(copy=10, product=100, exponential=2)
+    assert machine.floors(Work(20, 0, 8)) == {"copy": 2, "exponential": 4}
+    assert machine.share(Work(20, 0, 8), 8) == 0.5
+
+
+def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_rates", lambda name: name)
+    assert {str(measure.rates()), measure.rates("float32"), measure.rates(np.float32)} == {"float32"}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_shapes_are_known_before_inputs_are_made(family: kernels_cases.Family, kind: str) -> None:
+    shape = kernels_cases.QUICK.get(family.name, SMALL)[-1]
+    made = family.inputs(np.random.default_rng(0), shape)
+    found = kernels_cases.structs(family, shape, kind)
+    assert [x.shape for x in found] == [x.shape for x in made]
+    assert [x.dtype == kind for x in found[:3]] == [bool(family.products) or kind == "float32"] * len(found[:3])
+
+
+def test_memory_a_token() -> None:
+    row = lambda tokens, peak: {"case": "memory x", "tokens": tokens, "peak_bytes": peak, "array_bytes_per_token": 8e3}
+    found = [row(tokens, 10_000_000 + 80_000 * tokens) for tokens in (1024, 2048, 4096)]
+    assert list(memory.verdicts(found)) == ["memory x: 80 kB a token (10.0 arrays) and 10 MB, within 0.0%"]
+    assert memory.cells({**found[0], "compile_seconds": 1.0})["kB a token"] == "90"
+
+
+@pytest.mark.slow
+def test_memory_is_compiled_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:2])
+    rows = list(memory.rows(quick=True, seed=0))
+    assert [row["tokens"] for row in rows] == [128, 256]
+    assert rows[0]["peak_bytes"] < rows[1]["peak_bytes"]
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +302,11 @@ def test_peers_are_verified_in_their_own_arguments(monkeypatch: pytest.MonkeyPat
     assert good["error"] < 1e-4
     assert absent["note"] == "why"
     scale = 0.0
-    assert [row["note"] for row in take()] == ["RuntimeError: out of shared memory", "why"]
+    assert [row["note"] for row in take()] == ["why", "RuntimeError: out of shared memory"]
     scale = 1.01
-    with pytest.raises(AssertionError, match=r"mamba_chunk_scan_combined is off by .* not timed"):
-        take()
+    _, wrong = take()
+    assert wrong["failed"]
+    assert re.match(r"AssertionError: .*mamba_chunk_scan_combined is off by .* not timed", wrong["note"])
 
 
 @pytest.mark.usefixtures("x64")

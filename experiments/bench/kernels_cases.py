@@ -1,0 +1,158 @@
+"""The recurrences that `python -m experiments.bench kernels` times, and the shapes of real models they are timed at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import by_hand
+from experiments.bench.case import Function, over_heads
+from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
+
+
+class Shape(NamedTuple):
+    """`documents` of mixed lengths in a row. For families without heads, `heads` is 1 and `size` the width."""
+
+    batch: int
+    length: int
+    heads: int
+    size: int
+    documents: int = 1
+    state: int = 0  # of a channel, where it is not the size
+
+    def __str__(self) -> str:
+        told = f"{self.batch}x{self.length}x{self.heads}x{self.size}"
+        if self.heads == 1:
+            told = f"{self.batch}x{self.length}x{self.size}" + (f", state {self.state}" if self.state else "")
+        return told + (f", {self.documents} documents" if self.documents > 1 else "")
+
+    def starts(self) -> np.ndarray:
+        """Where documents begin; their lengths differ by up to a factor of sixteen."""
+        share = np.cumsum(2.0 ** np.linspace(0, 4, self.documents))
+        return np.concatenate([[0], np.round(self.length * share[:-1] / share[-1]).astype(int)])
+
+
+MATRICES = (
+    Shape(1, 8192, 96, 128), Shape(2, 16384, 16, 128), Shape(4, 2048, 16, 128), Shape(8, 1024, 8, 64),
+    Shape(8, 2048, 32, 256), Shape(1, 8192, 16, 128, documents=16),
+)  # fmt: skip
+SMALL = (Shape(2, 256, 2, 32), Shape(1, 256, 2, 32, documents=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A recurrence: what it takes, what the library calls it, and the loop over tokens that it is compared with.
+
+    `inputs(random, shape)` are arrays [B, T, ...], or parameters. `ours(*inputs, method=, segments=)` gives the output,
+    `loop` that of one document and head (or of a few channels), to which `piece(array, number of the input)` cuts
+    arrays [T, ...].
+    """
+
+    name: str
+    shapes: tuple[Shape, ...]
+    inputs: Callable[[np.random.Generator, Shape], tuple[np.ndarray, ...]]
+    ours: Function
+    loop: Function
+    piece: Callable[[Any, int], Any]
+    compared: int
+    """So many of the inputs, the first ones, have gradients that are the piece's alone."""
+    associative: Function | None = None
+    methods: tuple[str, ...] = ("chunked",)
+    products: int = 0
+    """Products of a key's by a value's size for each token and head."""
+    exponentials: bool = False
+    """Whether every token needs one for each channel (and entry of its state, where it has several)."""
+
+    def operations(self, shape: Shape) -> float:
+        """Of the products with the state, forward: those inside a chunk, which a form may choose, are not counted."""
+        return 2.0 * self.products * shape.batch * shape.length * shape.heads * shape.size**2
+
+    def taken(self, shape: Shape) -> float:
+        """Exponentials, forward; those of a decay per head are too few to count."""
+        return float(self.exponentials * shape.batch * shape.length * shape.heads * shape.size * max(shape.state, 1))
+
+
+def _matrices(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    sizes = (shape.batch, shape.length, shape.heads, shape.size)
+    return tuple(random.standard_normal(sizes, np.float32) / shape.size**0.5 for _ in range(3))
+
+
+def _gate(random: np.random.Generator, *sizes: int) -> np.ndarray:
+    return -np.logaddexp(random.standard_normal(sizes, np.float32), 0) / 10
+
+
+def _scalar(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), _gate(random, *shape[:3]))
+
+
+def _keys(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), _gate(random, *shape[:4]))
+
+
+def _delta(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    query, key, value = _matrices(random, shape)
+    beta = 1 / (1 + np.exp(-random.standard_normal(shape[:3], np.float32)))
+    return query, key / np.linalg.norm(key, axis=-1, keepdims=True), value, beta, _gate(random, *shape[:3])
+
+
+def _exponential(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), random.standard_normal(shape[:3], np.float32), _gate(random, *shape[:3]))
+
+
+def _diagonal(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    sizes = (shape.batch, shape.length, shape.size)
+    return _gate(random, *sizes), random.standard_normal(sizes, np.float32)
+
+
+def _selective(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    sizes = (shape.batch, shape.length, shape.size)
+    x, dt = random.standard_normal(sizes, np.float32), -_gate(random, *sizes)
+    b, c = (random.standard_normal((*sizes[:2], shape.state), np.float32) for _ in range(2))
+    return x, dt, -np.tile(np.arange(1, shape.state + 1, dtype=np.float32), (shape.size, 1)), b, c
+
+
+_diagonal_loop = lambda *x: by_hand.diagonal(*(y[None] for y in x))[0]
+_associative = over_heads(by_hand.associative_outer)
+_outer = lambda *x, **options: gated_linear_attention(*x, **options)[0]
+_head = lambda x, number: x[:, 0]
+FAMILIES = (
+    Family("outer, a decay per head", MATRICES, _scalar, _outer, by_hand.outer, _head, 4, _associative, products=2),
+    Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o)[0],
+           _diagonal_loop, lambda x, number: x[:, :8], 2, by_hand.associative_diagonal,
+           ("auto", "sequential", "chunked"), exponentials=True),
+    Family("outer, a decay per key", MATRICES, _keys, _outer, by_hand.outer, _head, 4, _associative, products=2,
+           exponentials=True),
+    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], by_hand.delta, _head, 5,
+           products=3),
+    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o)[0], by_hand.mlstm,
+           _head, 5, products=2),
+    Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o)[0],
+           by_hand.selective, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
+           methods=("auto", "chunked"), exponentials=True),
+)  # fmt: skip
+QUICK = {"diagonal": (Shape(2, 256, 1, 32),), "selective": (Shape(1, 256, 1, 32, state=4),)}
+
+
+def cases(*, quick: bool) -> list[tuple[Family, Shape]]:
+    """Everything that a whole run goes through."""
+    return [(f, s) for f in FAMILIES for s in (QUICK.get(f.name, SMALL) if quick else f.shapes)]
+
+
+def structs(family: Family, shape: Shape, kind: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and types of the inputs, without making them; gates and parameters are float32 in any case."""
+    one = shape._replace(batch=1, length=1, documents=1)
+    sizes = (x.shape for x in family.inputs(np.random.default_rng(0), one))
+    long = (shape[:2] + size[2:] if size[:2] == (1, 1) else size for size in sizes)
+    kinds = lambda number: kind if family.products and number < 3 else "float32"
+    return tuple(jax.ShapeDtypeStruct(size, kinds(number)) for number, size in enumerate(long))
+
+
+def with_gradients(function: Function, count: int) -> Function:
+    """Gradients of the output's weighted sum; the last argument are the weights."""
+    weigh = lambda *x: jnp.sum(function(*x[:-1]).astype(jnp.float32) * x[-1])
+    return jax.grad(weigh, tuple(range(count)))
