@@ -39,7 +39,7 @@ from kernels_pallas.gpu.common import (
     tile,
     turned,
 )
-from kernels_pallas.gpu.pairs import LEVELS, _late, _paired, _span, _steps, _sums, _write_parts, _write_span
+from kernels_pallas.gpu.levels import LEVELS, late, paired, span_of, steps_of, sums_over, write_parts, write_span
 
 WEIGHED = ("query", "key", "high", "low")
 
@@ -77,7 +77,7 @@ def scratch_of_weighed(size: int) -> dict[str, Any]:
 
 def _weigh(refs: Any, heads: int) -> None:
     row, head, chunk = (lax.axis_index(name) for name in ("row", "head", "chunk"))
-    steps = _steps(row, head, chunk, heads)
+    steps = steps_of(row, head, chunk, heads)
     for name in WEIGHED:
         plgpu.copy_gmem_to_smem(steps(getattr(refs, f"far_{name}")), getattr(refs, name), refs.arrived)
     plgpu.barrier_wait(refs.arrived)
@@ -92,7 +92,7 @@ def _weigh(refs: Any, heads: int) -> None:
 
     def write(block: Any, *names: str) -> None:
         """Writes the named arrays, decayed over the span."""
-        decay = jnp.exp(_sums(refs, block))
+        decay = jnp.exp(sums_over(refs, block))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, name in enumerate(names):
             refs.work[i] = (decay * read(getattr(refs, name).at[:, block])).astype(jnp.bfloat16)
@@ -102,16 +102,16 @@ def _weigh(refs: Any, heads: int) -> None:
     scores = jnp.where(down == along, by_rows(jnp.sum(own, axis=1), CHUNK), 0.0)
     mutual: Any = 0.0
     for size in LEVELS:
-        _write_span(refs, _span(size, 0))
+        write_span(refs, span_of(size, 0))
         read_by: Any = (0.0, 0.0)
         for block in blocks:
             write(block, "query", "key")
             found = pl.run_scoped(products, *[accumulator(CHUNK, CHUNK)] * 2)
             read_by = [total + more for total, more in zip(read_by, found, strict=True)]
-        met = _paired(size) & (down > along)
+        met = paired(size) & (down > along)
         scores, mutual = (jnp.where(met, new, old) for new, old in zip(read_by, (scores, mutual), strict=True))
     for reached, when, names in ((down >= along, "late", ("query", "key")), (down < along, "early", ("key",))):
-        _write_span(refs, reached)
+        write_span(refs, reached)
         for block in blocks:
             write(block, *names)
             for i, name in enumerate(names):
@@ -160,7 +160,7 @@ def _differentiate(refs: Any, heads: int) -> None:
     count = refs.d_query.shape[3] // BLOCK
     chunk, block = lax.div(part, count), lax.rem(part, count) * BLOCK
     columns, whole = pl.ds(block, BLOCK), pl.ds(0, BLOCK)
-    steps = _steps(row, head, chunk, heads)
+    steps = steps_of(row, head, chunk, heads)
     here = lambda x: x.at[row, head, chunk]
     sources = {name: steps(getattr(refs, f"far_{name}")).at[:, columns] for name in WEIGHED}
     sources |= {name: steps(getattr(refs, f"far_{name}")) for name in ("d_out", "d_value", "errors")}
@@ -201,12 +201,12 @@ def _differentiate(refs: Any, heads: int) -> None:
     spare = lambda name: getattr(refs, name).at[:, whole]
     refs = SimpleNamespace(**{**vars(refs), "span": spare("d_out")})
     mixed, keys, to_state = spare("d_value"), spare("errors"), [spare("states"), spare("after")]
-    _write_span(refs, down >= along)
-    decay = jnp.exp(_sums(refs, whole))
+    write_span(refs, down >= along)
+    decay = jnp.exp(sums_over(refs, whole))
     of_query, of_reader = decay * of_query + own * read(refs.key), decay * of_reader
-    _write_span(refs, down < along)
-    of_key = jnp.exp(_sums(refs, whole)) * of_key
-    _write_parts(to_state, of_key * read(refs.key))
+    write_span(refs, down < along)
+    of_key = jnp.exp(sums_over(refs, whole)) * of_key
+    write_parts(to_state, of_key * read(refs.key))
     of_key = of_key + own * read(refs.query)
 
     def products(by_query: Any, by_key: Any) -> Any:
@@ -215,26 +215,26 @@ def _differentiate(refs: Any, heads: int) -> None:
         return by_query[...], by_key[...]
 
     for size in LEVELS:
-        _write_span(refs, _span(size, 0))
-        decay = jnp.exp(_sums(refs, whole))
+        write_span(refs, span_of(size, 0))
+        decay = jnp.exp(sums_over(refs, whole))
         keys[...] = (decay * read(refs.key)).astype(jnp.bfloat16)
-        mixed[...] = (decay * jnp.where(_late(size), read(refs.query), read(refs.key))).astype(jnp.bfloat16)
+        mixed[...] = (decay * jnp.where(late(size), read(refs.query), read(refs.key))).astype(jnp.bfloat16)
         for i, place in enumerate((refs.span, refs.parts)):
-            place[...] = jnp.where(_paired(size), read(refs.scores.at[i]), 0.0).astype(jnp.bfloat16)
+            place[...] = jnp.where(paired(size), read(refs.scores.at[i]), 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
         by_query, by_key = (decay * x for x in pl.run_scoped(products, square, square))
-        of_query = of_query + jnp.where(_late(size), by_query, 0.0)
-        of_reader = of_reader + jnp.where(_late(size), by_key, 0.0)
-        of_key = of_key + jnp.where(_late(size), 0.0, by_query + by_key)
+        of_query = of_query + jnp.where(late(size), by_query, 0.0)
+        of_reader = of_reader + jnp.where(late(size), by_key, 0.0)
+        of_key = of_key + jnp.where(late(size), 0.0, by_query + by_key)
 
     # Of g_m: what is between steps of the chunk and what comes in, from m on; what goes on to the next, before m.
     within = read(refs.query) * of_query + read(refs.key) * (of_reader - of_key)
-    _write_parts([refs.high, refs.low], within + read(to_state[0]) + read(to_state[1]))
-    _write_span(refs, down <= along)
-    sums = by_columns(read(refs.kept, ALONG) * read(refs.flow, ALONG), CHUNK) + _sums(refs, whole)
-    _write_span(refs, down > along)
+    write_parts([refs.high, refs.low], within + read(to_state[0]) + read(to_state[1]))
+    write_span(refs, down <= along)
+    sums = by_columns(read(refs.kept, ALONG) * read(refs.flow, ALONG), CHUNK) + sums_over(refs, whole)
+    write_span(refs, down > along)
     refs.high, refs.low = to_state
-    sums = sums + _sums(refs, whole)
+    sums = sums + sums_over(refs, whole)
     steps(refs.d_decay).at[:, columns][...] = sums
     refs.query[...] = of_query.astype(jnp.bfloat16)
     refs.key[...] = (of_reader + of_key).astype(jnp.bfloat16)

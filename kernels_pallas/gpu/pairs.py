@@ -16,7 +16,6 @@ as 0 where it reads others; `outer_keys.gates_of` marks it by a decay that no ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +30,6 @@ from kernels_pallas.gpu.common import (
     BLOCK,
     CHUNK,
     LOWEST,
-    TILE,
     accumulator,
     by_columns,
     by_rows,
@@ -42,8 +40,8 @@ from kernels_pallas.gpu.common import (
     tile,
     turned,
 )
+from kernels_pallas.gpu.levels import LEVELS, late, paired, span_of, steps_of, sums_over, write_parts, write_span
 
-LEVELS = (1, 2, 4, 8, 16, 32)  # steps of a block, half of a pair
 WIDE = 128  # columns of keys that are weighed at once
 
 
@@ -74,14 +72,9 @@ def scratch_of_weighed(size: int, lag: int) -> dict[str, Any]:
     return {**inputs, "span": tile(CHUNK, CHUNK), "work": work, "arrived": plgpu.Barrier(num_arrivals=len(inputs))}
 
 
-def _steps(row: Any, head: Any, chunk: Any, heads: int) -> Callable[[Any], Any]:
-    """Of an array [B, T, G, ..] the steps of a chunk, of the group of a head."""
-    return lambda x: x.at[row, pl.ds(chunk * CHUNK, CHUNK), lax.div(head, heads // x.shape[2])]
-
-
 def _weigh(refs: Any, heads: int) -> None:
     row, head, chunk = (lax.axis_index(name) for name in ("row", "head", "chunk"))
-    steps = _steps(row, head, chunk, heads)
+    steps = steps_of(row, head, chunk, heads)
     for name in ("query", "key", "high", "low"):
         plgpu.copy_gmem_to_smem(steps(getattr(refs, f"far_{name}")), getattr(refs, name), refs.arrived)
     if refs.lag:
@@ -98,40 +91,23 @@ def _weigh(refs: Any, heads: int) -> None:
     own = sum(read(refs.query.at[:, b]) * read(refs.key.at[:, b]) * _bonus(refs, b) for b in blocks)
     scores = jnp.where(down == along, by_rows(jnp.sum(own, axis=1), CHUNK), 0.0)
     for size in LEVELS:
-        _write_span(refs, _span(size, refs.lag))
+        write_span(refs, span_of(size, refs.lag))
         added = 0.0
         for block in blocks:
             _write_level(refs, size, block)
             added = added + pl.run_scoped(product, accumulator(CHUNK, CHUNK))
-        scores = jnp.where(_paired(size) & (down > along), added, scores)
+        scores = jnp.where(paired(size) & (down > along), added, scores)
     for reached, near, far in ((down - along >= refs.lag, refs.query, refs.late), (down < along, refs.key, refs.early)):
-        _write_span(refs, reached)
+        write_span(refs, reached)
         for block in blocks:
-            values = jnp.exp(_sums(refs, block)) * read(near.at[:, block])
+            values = jnp.exp(sums_over(refs, block)) * read(near.at[:, block])
             values = _of_others(refs, block, values) if near is refs.query else values
             near[:, block] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(near, steps(far))
-    _write_span(refs, down >= along, scores)
+    write_span(refs, down >= along, scores)
     plgpu.copy_smem_to_gmem(refs.span, refs.scores.at[row, head, chunk])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _paired(size: int) -> Any:
-    """Where two steps are in the two blocks of a pair."""
-    down, along = places()
-    return (down ^ along >= size) & (down ^ along < 2 * size)
-
-
-def _late(size: int, columns: int = CHUNK) -> Any:
-    """Where the step of a row is in the later block of its pair."""
-    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), 0, layout=TILE) & size != 0
-
-
-def _span(size: int, lag: int) -> Any:
-    """The steps (columns) whose decays a step (row) sums at a level: R of a late one, E of an early one."""
-    down, along = places()
-    return (down ^ along < size) & jnp.where(_late(size), down - along >= lag, down - along < 0)
 
 
 def _bonus(refs: Any, block: Any) -> Any:
@@ -144,27 +120,11 @@ def _of_others(refs: Any, block: Any, values: Any) -> Any:
     return jnp.where(read(refs.high.at[:, block]) < LOWEST, 0.0, values) if refs.lag else values
 
 
-def _write_span(refs: Any, reached: Any, values: Any = 1.0) -> None:
-    refs.span[...] = jnp.where(reached, values, 0.0).astype(jnp.bfloat16)
-    plgpu.commit_smem()
-
-
-def _sums(refs: Any, block: Any) -> Any:
-    """The sums of decays over the span that was written last."""
-
-    def product(sums: Any) -> Any:
-        plgpu.wgmma(sums, refs.span, refs.high.at[:, block])
-        plgpu.wgmma(sums, refs.span, refs.low.at[:, block])
-        return sums[...]
-
-    return pl.run_scoped(product, accumulator(CHUNK, block.size))
-
-
 def _write_level(refs: Any, size: int, block: Any) -> Any:
     """Writes W of a level; returns the exponentials."""
-    decay = jnp.exp(_sums(refs, block))
+    decay = jnp.exp(sums_over(refs, block))
     query = _of_others(refs, block, read(refs.query.at[:, block]))
-    values = jnp.where(_late(size, block.size), query, read(refs.key.at[:, block]))
+    values = jnp.where(late(size, block.size), query, read(refs.key.at[:, block]))
     refs.work[...] = (decay * values).astype(jnp.bfloat16)
     plgpu.commit_smem()
     return decay
@@ -219,7 +179,7 @@ def _differentiate(refs: Any, heads: int) -> None:
     count = refs.d_query.shape[3] // BLOCK
     chunk, block = lax.div(part, count), lax.rem(part, count) * BLOCK
     columns = pl.ds(block, BLOCK)
-    steps = _steps(row, head, chunk, heads)
+    steps = steps_of(row, head, chunk, heads)
     bring = lambda name, source: plgpu.copy_gmem_to_smem(source, getattr(refs, name), refs.arrived)
     for name in ("query", "key", "high", "low"):
         bring(name, steps(getattr(refs, f"far_{name}")).at[:, columns])
@@ -248,34 +208,34 @@ def _differentiate(refs: Any, heads: int) -> None:
     scores = jnp.where(down > along, scores, mirrored)
 
     refs = SimpleNamespace(**vars(refs), span=refs.d_out.at[:, whole], work=refs.value.at[:, whole])
-    _write_span(refs, down - along >= refs.lag)
-    of_query = jnp.exp(_sums(refs, whole)) * of_query
-    _write_span(refs, down < along)
-    of_key = jnp.exp(_sums(refs, whole)) * of_key
+    write_span(refs, down - along >= refs.lag)
+    of_query = jnp.exp(sums_over(refs, whole)) * of_query
+    write_span(refs, down < along)
+    of_key = jnp.exp(sums_over(refs, whole)) * of_key
     to_state = [x.at[:, whole] for x in (refs.states, refs.after)]
-    _write_parts(to_state, of_key * read(refs.key))
+    write_parts(to_state, of_key * read(refs.key))
 
     def product(sums: Any) -> Any:
         plgpu.wgmma(sums, refs.span, refs.work)
         return sums[...]
 
     for size in LEVELS:
-        _write_span(refs, _span(size, refs.lag))
+        write_span(refs, span_of(size, refs.lag))
         decay = _write_level(refs, size, whole)
-        _write_span(refs, _paired(size), scores)
+        write_span(refs, paired(size), scores)
         added = decay * pl.run_scoped(product, accumulator(CHUNK, BLOCK))
-        of_query = of_query + jnp.where(_late(size), added, 0.0)
-        of_key = of_key + jnp.where(_late(size), 0.0, added)
+        of_query = of_query + jnp.where(late(size), added, 0.0)
+        of_key = of_key + jnp.where(late(size), 0.0, added)
     of_query = _of_others(refs, whole, of_query)
 
     # Of g_m: what is between steps of the chunk and what comes in, from m on; what goes on to the next, before m.
     within = read(refs.query) * of_query - read(refs.key) * of_key + read(to_state[0]) + read(to_state[1])
-    _write_parts([refs.high, refs.low], within)
-    _write_span(refs, down <= along)
-    sums = by_columns(read(refs.kept, ALONG) * read(refs.flow, ALONG), CHUNK) + _sums(refs, whole)
-    _write_span(refs, down > along)
+    write_parts([refs.high, refs.low], within)
+    write_span(refs, down <= along)
+    sums = by_columns(read(refs.kept, ALONG) * read(refs.flow, ALONG), CHUNK) + sums_over(refs, whole)
+    write_span(refs, down > along)
     refs.high, refs.low = to_state
-    sums = sums + _sums(refs, whole)
+    sums = sums + sums_over(refs, whole)
     query, key = read(refs.query), read(refs.key)
     if refs.lag:  # what queries read is after m, not from m on
         sums = sums - query * of_query
@@ -288,11 +248,3 @@ def _differentiate(refs: Any, heads: int) -> None:
     for name in ("query", "key"):
         plgpu.copy_smem_to_gmem(getattr(refs, name), steps(getattr(refs, f"d_{name}")).at[:, columns])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _write_parts(near: Any, values: Any) -> None:
-    """Writes float32 as two bfloat16, whose sum has 16 of its bits."""
-    high = values.astype(jnp.bfloat16)
-    near[0][...] = high
-    near[1][...] = (values - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    plgpu.commit_smem()

@@ -136,8 +136,8 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
 @pytest.mark.slow
 def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of log decays by a twentieth, as a control too."""
-    right = delta_keys_pairs._write_parts
-    monkeypatch.setattr(delta_keys_pairs, "_write_parts", lambda near, values: right(near, 0.95 * values))
+    right = delta_keys_pairs.write_parts
+    monkeypatch.setattr(delta_keys_pairs, "write_parts", lambda near, values: right(near, 0.95 * values))
     arrays = inputs(5, 64, 64)
     found = pulled_kernel.__wrapped__(True)(*arrays)  # compiled anew
     with pytest.raises(AssertionError, match="d log_decay"):

@@ -95,7 +95,7 @@ def test_gates_that_are_all_the_same(decay: float) -> None:
 
 WRONG = {
     "starts that are not known": (gpu, "START", lambda right: common.LOWEST),
-    "queries that decay by their own step": (pairs, "_span", lambda right: lambda size, lag: right(size, 0)),
+    "queries that decay by their own step": (pairs, "span_of", lambda right: lambda size, lag: right(size, 0)),
     "a twentieth of the bonus is lost": (pairs, "_bonus", lambda right: lambda *a: 0.95 * right(*a)),
 }
 
@@ -118,8 +118,8 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
 @pytest.mark.slow
 def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of log decays by a twentieth, as a control too."""
-    right = pairs._write_parts
-    monkeypatch.setattr(pairs, "_write_parts", lambda near, values: right(near, 0.95 * values))
+    right = pairs.write_parts
+    monkeypatch.setattr(pairs, "write_parts", lambda near, values: right(near, 0.95 * values))
     with pytest.raises(AssertionError, match="d log_decay"):
         assert_same(NAMES, *both(*inputs(70, 64, 64)), BFLOAT16)
 

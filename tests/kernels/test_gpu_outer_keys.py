@@ -105,7 +105,7 @@ WRONG = [
     pytest.param(pairs, "LEVELS", lambda right: right[:-1], id="halves do not meet", marks=pytest.mark.slow),
     pytest.param(
         pairs,
-        "_span",
+        "span_of",
         lambda right: lambda size, lag: right(size, lag) & right(2 * size, lag),
         id="sums that are too short",
         marks=pytest.mark.slow,
@@ -131,8 +131,8 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
 @pytest.mark.slow
 def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of log decays by a twentieth, as a control too."""
-    right = pairs._write_parts
-    monkeypatch.setattr(pairs, "_write_parts", lambda near, values: right(near, 0.95 * values))
+    right = pairs.write_parts
+    monkeypatch.setattr(pairs, "write_parts", lambda near, values: right(near, 0.95 * values))
     with pytest.raises(AssertionError, match="d log_decay"):
         test_the_kernel_equals_the_recurrence_in_float64(70, 64, 64, batch=1, groups=1, heads=1, save=False)
 
