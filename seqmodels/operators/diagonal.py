@@ -106,7 +106,7 @@ def diagonal_scan(
         ones = jnp.ones(drive.shape[:2], jnp.promote_types(log_decay.real.dtype, jnp.float32))
         decay = ones if elapsed is None else elapsed
     sizes = (drive.shape[2],)
-    method = kernels.prefer(method, "diagonal", log_decay, drive, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
+    method = kernels.prefer(method, "diagonal", drive, log_decay, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
     if method == "pallas":
         if fixed:  # no time, no decay: 0 * -inf is NaN
             decay = jnp.where(decay[..., None] == 0, 0, decay[..., None] * log_decay[None, None])
