@@ -41,9 +41,9 @@ STEP, DIFFERENCES = 3e-6, 1e-6
 # Gates take arguments in the hundreds here, whose rounding (2^-24 of them) becomes a relative error of their values.
 EXTREME = 1e-4
 # Mamba-3's angles turn by 0.5 tanh(gate) step, at 1e3 hundreds of turns at a time: rounding the tokens alone (to 2^-24)
-# moves its last keys by 2.4e-4 there, in float64. A gate is a sum of 64 products, whose partial sums are about 8 times as
-# large as a product and round as much more; three times that for the largest of some hundred entries. Where vectors are
-# of 8 numbers, and sums in another order than where they are of 16, 2.6e-3 was seen.
+# moves its last keys by 2.4e-4 there, in float64. A gate is a sum of 64 products, whose partial sums are about 8 times
+# as large as a product and round as much more; three times that for the largest of some hundred entries. Where vectors
+# are of 8 numbers, and sums in another order than where they are of 16, 2.6e-3 was seen.
 TURNED = {"mamba3": 60}
 # Beside the largest gradient of all, one this small is what rounding left of a cancellation.
 CANCELLED = 1e-10

@@ -78,3 +78,13 @@ def test_a_bonus_is_a_matter_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     run = lambda *x: gated_linear_attention(*x, bonus=jnp.ones((2, 16)))
     with pytest.raises(ValueError, match="method='pallas' for the outer family"):
         jax.eval_shape(run, *arrays)
+
+
+def test_a_fixed_decay_has_the_length_of_what_drives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = lambda: jax.eval_shape(
+        diagonal_scan, jax.ShapeDtypeStruct((16,), jnp.float32), vectors(16, LENGTH, jnp.float32)
+    )
+    run()
+    monkeypatch.setattr(auto, "KERNELS", (auto.Rule("pallas", device="cpu", family="diagonal", min_length=LENGTH),))
+    with pytest.raises(ValueError, match="method='pallas' for the diagonal family"):
+        run()
