@@ -81,9 +81,8 @@ def test_a_bonus_is_a_matter_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fixed_decay_has_the_length_of_what_drives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = lambda: jax.eval_shape(
-        diagonal_scan, jax.ShapeDtypeStruct((16,), jnp.float32), vectors(16, LENGTH, jnp.float32)
-    )
+    arrays = jax.ShapeDtypeStruct((16,), jnp.float32), vectors(16, LENGTH, jnp.float32)
+    run = lambda: jax.eval_shape(lambda *x: diagonal_scan(*x), *arrays)  # a function of its own, which no cache knows
     run()
     monkeypatch.setattr(auto, "KERNELS", (auto.Rule("pallas", device="cpu", family="diagonal", min_length=LENGTH),))
     with pytest.raises(ValueError, match="method='pallas' for the diagonal family"):
