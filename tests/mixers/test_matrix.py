@@ -34,7 +34,7 @@ from tests.mixers.properties import (
 )
 from tests.mixers.test_lengths import AMPLIFIED, FAMILIES, ODD
 from tests.mixers.test_numerics import AMPLIFIED as ROUNDED
-from tests.mixers.test_numerics import BFLOAT16_99, EXTREME, TURNED
+from tests.mixers.test_numerics import BFLOAT16_99, EXTREME, SENSITIVE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
@@ -125,8 +125,8 @@ def test_extreme_gates_and_bfloat16_of_every_chunk(name: str) -> None:
         s = subject(name, **changes)
         y, after = s.forward(s.params, large, loop.warm, segments)
         chex.assert_tree_all_finite(jax.tree.map(np.asarray, (y, after)))
-        assert_valid_close(y, exact, segments.valid, TURNED.get(name, 1) * EXTREME)
-        assert_close(after, state, TURNED.get(name, 1) * EXTREME)
+        assert_valid_close(y, exact, segments.valid, SENSITIVE.get(name, 1) * EXTREME)
+        assert_close(after, state, SENSITIVE.get(name, 1) * EXTREME)
         carry = Carry(s.mixer.init_state(BATCH, dtype=jnp.bfloat16), np.zeros(BATCH, np.int32))
         narrow = np.asarray(s.forward(s.params, x.astype(jnp.bfloat16), carry, segments)[0], np.float32)
         error = np.abs(narrow - usual)[segments.valid] / size
