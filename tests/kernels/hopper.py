@@ -61,11 +61,13 @@ def shared_memory_of(run: Callable[..., Any], *shapes: Any) -> list[int]:
         lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
     found: list[int] = []
 
-    def launches(op: Any) -> None:
-        if op.name.endswith("gpu.launch"):
-            found.append(op.operands[len(op.operands) - 1].owner.attributes["value"].value)
+    def launches(op: Any) -> bool:
+        if not op.name.endswith("gpu.launch"):
+            return False
+        found.append(op.operands[len(op.operands) - 1].owner.attributes["value"].value)
+        return True
 
-    def kernels(op: Any) -> None:
+    def kernels(op: Any) -> bool:
         if op.name == "stablehlo.custom_call" and "mosaic_gpu" in str(op.attributes["call_target_name"]):
             module = op.attributes["mhlo.backend_config"]["module"].value_bytes
             with mlir.make_ir_context() as context:
@@ -73,13 +75,16 @@ def shared_memory_of(run: Callable[..., Any], *shapes: Any) -> list[int]:
                 dialect.register_dialect(context)
                 context.load_all_available_dialects()
                 _each(ir.Module.parse(module).operation, launches)
+        return False
 
     _each(lowered.compiler_ir().operation, kernels)
     return found
 
 
-def _each(op: Any, see: Callable[[Any], None]) -> None:
-    see(op)
+def _each(op: Any, see: Callable[[Any], bool]) -> None:
+    """Shows every operation; what is inside of one for which `see` is true stays aside."""
+    if see(op):
+        return
     for region in op.regions:
         for block in region.blocks:
             for inner in block.operations:
