@@ -138,7 +138,7 @@ def test_the_family_calls_it_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = (poison(x), poison(dt), a, poison(b), poison(c), jnp.arange(6.0), state)
     called: list[Any] = []
     pretend_hopper(monkeypatch)
-    monkeypatch.setattr(selective, "selective_scan", lambda *a: called.append(a) or selective_scan(*a))
+    monkeypatch.setattr(selective, "selective_scan", lambda *a, **o: called.append(a) or selective_scan(*a, **o))
     run = lambda method: jax.jit(functools.partial(operators.selective_scan, segments=segments, method=method))(*arrays)
     chex.assert_trees_all_close(run("pallas"), run("sequential"), rtol=FLOAT32, atol=10 * FLOAT32)
     assert len(called) == 1
