@@ -79,7 +79,8 @@ def in_float64(run: Callable[..., Any], *arrays: Any, how: Callable[..., Any] = 
 
 
 def assert_same(names: Sequence[str], found: Any, right: Any, tolerance: float) -> None:
-    """Each array within `tolerance` of the largest entry that it should have."""
+    """Each array within `tolerance` of the largest entry that it should have, all of which are finite."""
+    chex.assert_tree_all_finite(right)
     wide = lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
     for name, x, y in zip(names, found, right, strict=False):
         size = np.max(np.abs(y))
