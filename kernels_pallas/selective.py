@@ -28,12 +28,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import selective_kernels
-from kernels_pallas.chunks import CHUNK, check_shapes, documents_of, whole_chunks
+from kernels_pallas.chunks import CHUNK, VMEM, check_shapes, documents_of, whole_chunks
 from kernels_pallas.selective_kernels import LANES, ROWS
 
 WIDTHS = (256, 128)  # channels of a block, the first that divides them and keeps a chunk's states within STATES
 STATES = 2 * 2**20  # bytes
-ROOM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of the default limit, a fifth left to the compiler
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
 
@@ -110,8 +109,8 @@ def _check(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any, ch
         "segment": (segment.shape, (batch, length)),
     }
     held = max(vmem_bytes(channels, size, chunk, x.dtype).values())
-    large = f"states of {size} in chunks of {chunk} steps take {held} bytes of VMEM, more than {ROOM:.0f}"
-    check_shapes(f"selective_scan with x {x.shape}", shapes, [large] if held > ROOM else [])
+    large = f"states of {size} in chunks of {chunk} steps take {held} bytes of VMEM, more than {VMEM:.0f}"
+    check_shapes(f"selective_scan with x {x.shape}", shapes, [large] if held > VMEM else [])
 
 
 class _Blocks:

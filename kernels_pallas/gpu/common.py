@@ -97,6 +97,12 @@ def chunks_of(array: jax.Array) -> jax.Array:
     return array.reshape(*array.shape[:-1], -1, CHUNK)
 
 
+def over_heads(x: jax.Array, groups: int) -> jax.Array:
+    """What heads [B, T, H, K] that share an array [B, T, groups, K] give in all, added up in float32."""
+    parts = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
+    return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)
+
+
 def starts_of(segment: jax.Array) -> jax.Array:
     """[B, T]: where a document starts."""
     return segment != jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]

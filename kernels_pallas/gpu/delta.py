@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from kernels_pallas.chunks import whole_chunks
 from kernels_pallas.delta_run import check
 from kernels_pallas.gpu import delta_grad, delta_solve, delta_walk
-from kernels_pallas.gpu.common import CHUNK, refused, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, over_heads, refused, shared_bytes, starts_of
 from kernels_pallas.gpu.delta_grad import gates_gradient, gradients
 from kernels_pallas.gpu.delta_solve import inverses, strengths_and_gates
 from kernels_pallas.gpu.delta_walk import walk
@@ -124,13 +124,9 @@ def _backward(save: bool, interpret: Any, residuals: Any, cotangents: Any) -> An
     )
     heads_of = lambda x: x.reshape(*x.shape[:2], -1)[:, :, :length]
 
-    def over_heads(x: jax.Array) -> jax.Array:
-        parts = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
-        return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)[:, :length]
-
     return (
-        over_heads(found["d_query"]),
-        over_heads(found["d_key"]),
+        over_heads(found["d_query"], groups)[:, :length],
+        over_heads(found["d_key"], groups)[:, :length],
         back["out"][:, :length],
         heads_of(jnp.sum(back["strength"], axis=2)).astype(given[3].dtype),
         jnp.where(starts_of(segment)[:, None], 0, heads_of(gates_gradient(found["d_sums"]))).astype(given[4].dtype),

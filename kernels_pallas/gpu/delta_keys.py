@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from kernels_pallas.chunks import whole_chunks
 from kernels_pallas.delta_run import check
 from kernels_pallas.gpu import delta_keys_pairs, delta_keys_walk, delta_solve
-from kernels_pallas.gpu.common import CHUNK, chunks_of, refused, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, chunks_of, over_heads, refused, shared_bytes, starts_of
 from kernels_pallas.gpu.delta_keys_pairs import gradients, weighed
 from kernels_pallas.gpu.delta_keys_walk import walk
 from kernels_pallas.gpu.delta_solve import inverses_of
@@ -137,13 +137,9 @@ def _backward(save: bool, interpret: Any, residuals: Any, cotangents: Any) -> An
     )
     d_beta = jnp.sum(back["strength"], axis=2)
 
-    def over_heads(x: jax.Array) -> jax.Array:
-        parts = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
-        return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)[:, :length]
-
     return (
-        over_heads(dq),
-        over_heads(dk),
+        over_heads(dq, groups)[:, :length],
+        over_heads(dk, groups)[:, :length],
         back["out"][:, :length],
         d_beta.reshape(*d_beta.shape[:2], -1)[:, :, :length].astype(given[3].dtype),
         jnp.where(starts_of(segment)[:, :, None, None], 0, dg[:, :length]).astype(given[4].dtype),

@@ -20,7 +20,6 @@ for E or Y, what it reads next when that has written U or dV, and the rest when 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,8 +27,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.common import BLOCK, CHUNK, DOWN, accumulator, by_rows, launch, numbers, read, tile, turned
-from kernels_pallas.gpu.delta_program import Program
+from kernels_pallas.gpu.common import BLOCK, CHUNK, DOWN, accumulator, by_rows, numbers, read, tile, turned
+from kernels_pallas.gpu.delta_program import Program, launch_walk
 
 
 def walk(
@@ -49,31 +48,11 @@ def walk(
     `weighed` are the arrays of `delta_keys_pairs.weighed`, beta [B, H, N, 64] and kept [B, H, N, K] float32; given,
     solved, first and the outputs are those of `delta_walk.walk`.
     """
-    batch, heads, chunks, size = kept.shape
-    width = given.shape[3]
-    blocks, backward = width // BLOCK, errors is not None
-    shapes = {
-        "out": (True, given.shape, jnp.bfloat16),
-        "last": (True, (batch, heads, size, width), jnp.float32),
-        "strength": (backward, (batch, heads, blocks, chunks, CHUNK), jnp.float32),
-        "kept_errors": (keep and not backward, given.shape, jnp.bfloat16),
-        "states": (keep or backward, (batch, heads, chunks, size, width), jnp.bfloat16),
-    }
-    outputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (made, shape, dtype) in shapes.items() if made}
     inputs = {name: x for name, x in weighed.items() if name != "mutual"}
     inputs |= {"given": given, "beta": beta, "decay": kept, "solved": solved}
-    inputs |= {"first": first.astype(jnp.float32), **({"errors": errors} if backward else {})}
-    scratch = scratch_of(size, backward=backward, keep=keep)
-    names = [*inputs, *outputs, *scratch]
-
-    def kernel(*refs: Any) -> None:
-        kind = Backward if backward else Forward
-        kind(heads, SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
-
-    grid = {"head": heads, "block": blocks, "row": batch}
-    name = f"chunk_delta_keys_{'backward' if backward else 'forward'}"
-    call = launch(kernel, name, grid, list(outputs.values()), list(scratch.values()), interpret)
-    return dict(zip(outputs, call(*inputs.values()), strict=True))
+    program = Forward if errors is None else Backward
+    scratch = scratch_of(kept.shape[3], backward=program.backward, keep=keep)
+    return launch_walk(program, "chunk_delta_keys", interpret, inputs, first, scratch, errors=errors, keep=keep)
 
 
 def scratch_of(size: int, *, backward: bool, keep: bool) -> dict[str, Any]:

@@ -10,14 +10,51 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, read_far, turned
+from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, launch, read_far, turned
 from kernels_pallas.gpu.delta_solve import multiply, split
 from kernels_pallas.gpu.walk import CARRIED, NARROW, chunk_decays
+
+
+def launch_walk(
+    program: type[Program],
+    operator: str,
+    interpret: Any,
+    inputs: dict[str, jax.Array],
+    first: jax.Array,
+    scratch: dict[str, Any],
+    *,
+    errors: jax.Array | None,
+    keep: bool,
+) -> dict[str, jax.Array]:
+    """The outputs of a walk, as `delta_walk.walk` has them; `given` and `solved` are among its inputs, by name."""
+    given, backward = inputs["given"], program.backward
+    batch, heads, chunks = inputs["solved"].shape[:3]
+    size, width = first.shape[2:]
+    blocks = width // BLOCK
+    shapes = {
+        "out": (True, given.shape, jnp.bfloat16),
+        "last": (True, first.shape, jnp.float32),
+        "strength": (backward, (batch, heads, blocks, chunks, CHUNK), jnp.float32),
+        "kept_errors": (keep and not backward, given.shape, jnp.bfloat16),
+        "states": (keep or backward, (batch, heads, chunks, size, width), jnp.bfloat16),
+    }
+    outputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (made, shape, dtype) in shapes.items() if made}
+    inputs = {**inputs, "first": first.astype(jnp.float32), **({} if errors is None else {"errors": errors})}
+    names = [*inputs, *outputs, *scratch]
+
+    def kernel(*refs: Any) -> None:
+        program(heads, SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
+
+    grid = {"head": heads, "block": blocks, "row": batch}
+    name = f"{operator}_{'backward' if backward else 'forward'}"
+    call = launch(kernel, name, grid, list(outputs.values()), list(scratch.values()), interpret)
+    return dict(zip(outputs, call(*inputs.values()), strict=True))
 
 
 class Program(abc.ABC):

@@ -22,7 +22,6 @@ the next one, which have one place, when this chunk has read them.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -38,12 +37,11 @@ from kernels_pallas.gpu.common import (
     STAGES,
     accumulator,
     by_rows,
-    launch,
     numbers,
     read,
     tile,
 )
-from kernels_pallas.gpu.delta_program import Program
+from kernels_pallas.gpu.delta_program import Program, launch_walk
 from kernels_pallas.gpu.delta_solve import BETA
 from kernels_pallas.gpu.walk import CARRIED, WEIGHT
 
@@ -67,30 +65,10 @@ def walk(
     Backward, they are the gradients of `out` and `last`: `out` is that of values, `last` that of the first state,
     `strength` [B, H, V/64, N, 64] sums to that of beta, and `states` are those of the states after each chunk.
     """
-    batch, heads, chunks = gates.shape[:3]
-    size, width = query.shape[3], given.shape[3]
-    blocks, backward = width // BLOCK, errors is not None
-    shapes = {
-        "out": (True, given.shape, jnp.bfloat16),
-        "last": (True, (batch, heads, size, width), jnp.float32),
-        "strength": (backward, (batch, heads, blocks, chunks, CHUNK), jnp.float32),
-        "kept_errors": (keep and not backward, given.shape, jnp.bfloat16),
-        "states": (keep or backward, (batch, heads, chunks, size, width), jnp.bfloat16),
-    }
-    outputs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (made, shape, dtype) in shapes.items() if made}
     inputs = {"query": query, "key": key, "given": given, "gates": gates, "solved": solved}
-    inputs |= {"first": first.astype(jnp.float32), **({"errors": errors} if backward else {})}
-    scratch = scratch_of(size, backward=backward, keep=keep)
-    names = [*inputs, *outputs, *scratch]
-
-    def kernel(*refs: Any) -> None:
-        kind = Backward if backward else Forward
-        kind(heads, SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
-
-    grid = {"head": heads, "block": blocks, "row": batch}
-    name = f"chunk_delta_{'backward' if backward else 'forward'}"
-    call = launch(kernel, name, grid, list(outputs.values()), list(scratch.values()), interpret)
-    return dict(zip(outputs, call(*inputs.values()), strict=True))
+    program = Forward if errors is None else Backward
+    scratch = scratch_of(query.shape[3], backward=program.backward, keep=keep)
+    return launch_walk(program, "chunk_delta", interpret, inputs, first, scratch, errors=errors, keep=keep)
 
 
 def scratch_of(size: int, *, backward: bool, keep: bool) -> dict[str, Any]:

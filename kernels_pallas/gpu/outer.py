@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.chunks import whole_chunks
-from kernels_pallas.gpu.common import CHUNK, refused, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, over_heads, refused, shared_bytes, starts_of
 from kernels_pallas.gpu.walk import Walk, gates_of, scratch_of, walk
 from kernels_pallas.outer import check
 
@@ -104,13 +104,9 @@ def _backward(interpret: Any, residuals: Any, gradients: Any) -> Any:
     dg = lax.cumsum(each, axis=3, reverse=True) + jnp.sum(of_key["crossed"], axis=(2, 4))[..., None]
     dg = dg.reshape(*dg.shape[:2], -1)[:, :, :length]
 
-    def over_heads(x: jax.Array) -> jax.Array:
-        parts = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
-        return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)[:, :length]
-
     return (
-        over_heads(of_query["out"]),
-        over_heads(of_key["out"]),
+        over_heads(of_query["out"], groups)[:, :length],
+        over_heads(of_key["out"], groups)[:, :length],
         of_value["out"][:, :length],
         jnp.where(starts_of(segment)[:, None], 0, dg).astype(log_decay.dtype),
         of_value["last"].astype(state.dtype),

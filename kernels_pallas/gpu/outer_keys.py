@@ -36,7 +36,7 @@ from jax import lax
 
 from kernels_pallas.chunks import check_shapes, whole_chunks
 from kernels_pallas.gpu import carry, pairs
-from kernels_pallas.gpu.common import CHUNK, LOWEST, refused, shared_bytes, starts_of
+from kernels_pallas.gpu.common import CHUNK, LOWEST, over_heads, refused, shared_bytes, starts_of
 from kernels_pallas.outer import check
 
 START = 2 * LOWEST  # the decay of a document's first step, and of no other
@@ -130,13 +130,9 @@ def _backward(save_states: bool, interpret: Any, residuals: Any, gradients: Any)
     given = (q, k, v, do, high, low, states, of_value["states"], kept, *wide)
     dq, dk, dg, *d_bonus = pairs.gradients(interpret, *given)
 
-    def over_heads(x: jax.Array) -> jax.Array:
-        parts = x.reshape(*x.shape[:2], groups, -1, x.shape[3])
-        return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)[:, :length]
-
     return (
-        over_heads(dq),
-        over_heads(dk),
+        over_heads(dq, groups)[:, :length],
+        over_heads(dk, groups)[:, :length],
         of_value["out"][:, :length],
         jnp.where(starts_of(segment)[:, :, None, None], 0, dg[:, :length]).astype(log_decay.dtype),
         of_value["last"].astype(state.dtype),

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.chunks import check_shapes
+from kernels_pallas.gpu.common import SHARED
 from kernels_pallas.gpu.elementwise import (
     LANES,
     MARKS,
@@ -47,7 +48,6 @@ STEPS = 16  # of a tile
 ENTRIES = 8  # of a state are padded to a multiple of it
 ROWS = 4 * STEPS  # of products to sum over the lanes: of b and of c, for two entries of a state
 SUMS = 2048  # bytes of shared memory that a sum over lanes is given by the compiler
-ROOM = 227 * 1024  # bytes of shared memory that a block can have
 PITCH = LANES + 8  # float32s from row to row, so that eight rows that are read at a time lie in other banks
 
 Found = tuple[list[Any], list[Any]]
@@ -139,8 +139,8 @@ def _check(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any) ->
         "segment": (segment.shape, (batch, length)),
     }
     held = max(shared_bytes(length, size, x.dtype).values())
-    large = f"states of {size} entries take {held} bytes of shared memory, more than {ROOM}"
-    check_shapes(f"selective_scan with x {x.shape}", shapes, [large] if held > ROOM else [])
+    large = f"states of {size} entries take {held} bytes of shared memory, more than {SHARED}"
+    check_shapes(f"selective_scan with x {x.shape}", shapes, [large] if held > SHARED else [])
 
 
 def _run(x: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment: Any, interpret: Any, *, keep: bool) -> Any:

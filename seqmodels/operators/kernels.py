@@ -18,7 +18,7 @@ from kernels_pallas import linear as tpu_linear
 from kernels_pallas import outer as tpu_outer
 from kernels_pallas import outer_keys as tpu_outer_keys
 from kernels_pallas import selective as tpu_selective
-from kernels_pallas.chunks import CHUNK
+from kernels_pallas.chunks import CHUNK, VMEM
 from kernels_pallas.gpu import common as gpu
 from kernels_pallas.gpu import delta as gpu_delta
 from kernels_pallas.gpu import delta_keys as gpu_delta_keys
@@ -31,7 +31,6 @@ from seqmodels.operators.family import check_method
 from seqmodels.scan.auto import choose
 from seqmodels.typing import Segments
 
-VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of a TPU's default limit, a fifth left to the compiler
 NUMBERS = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
 
@@ -53,7 +52,6 @@ def _serve(
 
     `hopper`: the steps of a chunk of the kernel for Hopper GPUs.
     """
-    check_method("pallas", chunk)
     own = on_hopper()
     steps = f"of {hopper} steps" if own else f"a multiple of {CHUNK} steps"
     fits = chunk is None or (chunk == hopper if own else chunk % CHUNK == 0)
@@ -79,7 +77,9 @@ def prefer(
     """`method`, or "pallas" where that is "auto", chunk and sharding are left to it, and the table names a kernel.
 
     Families: outer and delta, outer_keys and delta_keys (decays of keys, or a bonus), exponential, diagonal, selective.
+    Raises ValueError on a method or a chunk that no family can run.
     """
+    check_method(method, chunk)
     if method != "auto" or chunk is not None or sequence_axis is not None:
         return method
     dtype, length = jnp.result_type(*scanned), scanned[0].shape[1]
@@ -291,7 +291,7 @@ def selective(
     }
     size = a.shape[1]
     if on_hopper():
-        held, room = max(gpu_selective.shared_bytes(x.shape[1], size, x.dtype).values()), gpu_selective.ROOM
+        held, room = max(gpu_selective.shared_bytes(x.shape[1], size, x.dtype).values()), gpu.SHARED
         reasons[f"states of {size} take {held} bytes of shared memory, more than {room}"] = held > room
     else:
         reasons |= _too_large(f"states of {size}", tpu_selective.vmem_bytes, *a.shape, chunk, dtype=x.dtype)

@@ -28,7 +28,6 @@ STRICT = pltpu.InterpretParams(
 TPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
 GPU = lambda kind, cores: AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, cores, platform="gpu"))
 H100, A100 = GPU("NVIDIA H100 80GB HBM3", 132), GPU("NVIDIA A100-SXM4-80GB", 108)
-VMEM = 0.8 * 16 * 2**20  # bytes that a kernel may hold: of the default limit, a fifth left to the compiler
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ from jax._src.lib.mlir import ir
 from jax.experimental.mosaic.gpu import dialect
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.gpu import common
 from seqmodels import Segments
 from seqmodels.operators import kernels
 from tests.kernels.common import A100, H100
 
-ALONE, SHARED = 227 * 1024, 113 * 1024  # bytes of a multiprocessor's memory that one block, and each of two, can have
+ALONE, SHARED = common.SHARED, 113 * 1024  # bytes of a processor's memory that one block, and each of two, can have
 RUNS = hasattr(plgpu, "InterpretGPUParams")
 STRICT: Any = None
 if RUNS:  # memory that was not written is NaN, reads out of bounds raise (but TMA's, which give zeros), and so do races

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas import exponential, exponential_kernels
-from kernels_pallas.chunks import CHUNK
+from kernels_pallas.chunks import CHUNK, VMEM
 from kernels_pallas.exponential import chunk_exponential, chunk_sigmoid, reference
 from kernels_pallas.exponential_kernels import Form
 from seqmodels import Segments
 from seqmodels.operators import kernels, mlstm_scan
 from seqmodels.operators.exponential import ExponentialState
 from seqmodels.operators.outer import normalised_linear_attention
-from tests.kernels.common import STRICT, VMEM, assert_same, kernels_of
+from tests.kernels.common import STRICT, assert_same, kernels_of
 
 # float32 rounding (6e-8) through chunks of 128 products, relative to the largest entry of an array.
 FLOAT32 = 1e-5

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from kernels_pallas import linear
+from kernels_pallas.chunks import VMEM
 from kernels_pallas.linear import linear_scan, reference, vmem_bytes
 from seqmodels import Segments
 from seqmodels.operators import diagonal_scan, kernels
-from tests.kernels.common import STRICT, VMEM, assert_same, graded, in_float64, kernels_of, losing, parts, result_of
+from tests.kernels.common import STRICT, assert_same, graded, in_float64, kernels_of, losing, parts, result_of
 
 # float32 rounding (6e-8) through sums of up to 128 steps, relative to the largest entry of an array.
 FLOAT32 = 1e-5

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas import outer, outer_keys
+from kernels_pallas.chunks import VMEM
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
-from tests.kernels.common import STRICT, VMEM, assert_same, graded, in_float64, kernels_of, losing, parts, result_of
+from tests.kernels.common import STRICT, assert_same, graded, in_float64, kernels_of, losing, parts, result_of
 
 # float32 rounding (6e-8) through chunks of 128 products, relative to the largest entry of an array.
 FLOAT32 = 1e-5

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas import outer_keys
-from kernels_pallas.chunks import CHUNK
+from kernels_pallas.chunks import CHUNK, VMEM
 from kernels_pallas.outer_keys import chunk_outer_keys, reference
 from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
 from tests.kernels import test_outer
-from tests.kernels.common import STRICT, VMEM, assert_same, graded, in_float64, kernels_of
+from tests.kernels.common import STRICT, assert_same, graded, in_float64, kernels_of
 from tests.kernels.test_outer import BFLOAT16, FLOAT32, REAL, B, H
 
 NAMES = (*test_outer.NAMES, "d bonus")

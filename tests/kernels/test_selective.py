@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas import selective, selective_kernels
+from kernels_pallas.chunks import VMEM
 from kernels_pallas.selective import reference, selective_scan, vmem_bytes
 from seqmodels import Segments
 from seqmodels import operators as families
 from seqmodels.operators import kernels
-from tests.kernels.common import STRICT, TPU, VMEM, assert_same, graded, in_float64, losing, parts, result_of
+from tests.kernels.common import STRICT, TPU, assert_same, graded, in_float64, losing, parts, result_of
 
 # float32 rounding (6e-8) through states of up to 128 steps and sums over them, relative to the largest entry.
 FLOAT32 = 1e-5

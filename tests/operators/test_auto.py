@@ -72,6 +72,14 @@ def test_a_row_of_the_table_sends_its_calls_to_the_kernel(family: str, monkeypat
         assert not taken(), changed
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["auto", "pallas"])
+def test_a_chunk_that_is_no_number_of_steps_is_named(family: str, method: str) -> None:
+    call, arrays, _ = FAMILIES[family]
+    with pytest.raises(ValueError, match=r"chunk is a number of steps of at least 1, not 64\.5"):
+        jax.eval_shape(functools.partial(call, method=method, chunk=64.5), *arrays(16, LENGTH, jnp.float32))
+
+
 def test_a_bonus_is_a_matter_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "KERNELS", (auto.Rule("pallas", device="cpu", family="outer_keys"),))
     arrays = FAMILIES["outer"][1](16, LENGTH, jnp.float32)
