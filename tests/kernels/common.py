@@ -101,6 +101,24 @@ parts = pytest.mark.parametrize("part", ["forward", pytest.param("backward", mar
 result_of: dict[str, Callable[..., Any]] = {"forward": lambda run, *arrays: run(*arrays), "backward": graded}
 
 
+def assert_a_loss_is_found(
+    part: str, module: Any, run: Callable[..., Any], reference: Callable[..., Any], arrays: Sequence[Any],
+    names: Sequence[str], tolerance: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of a module with a FORM: a thousandth of the state between two chunks is lost, or of its gradient.
+
+    What comes before the key's gradient in the order of names is right.
+    """
+    how = result_of[part]
+    right = in_float64(reference, *arrays, how=how)
+    found = lambda: jax.jit(lambda *a: how(lambda *b: run(*b), *a))(*arrays)
+    if part == "forward":
+        assert_same(names, found(), right, tolerance)
+    monkeypatch.setattr(module, "FORM", module.FORM._replace(**{part: losing(getattr(module.FORM, part))}))
+    with pytest.raises(AssertionError, match="'out'" if part == "forward" else "'d key'"):
+        assert_same(names, found(), right, tolerance)
+
+
 def kernels_of(run: Callable[..., Any], *shapes: Any) -> int:
     """How many kernels are in a program when it is lowered for a TPU."""
     with jax.sharding.use_abstract_mesh(TPU):

@@ -21,6 +21,7 @@ from tests.kernels import test_gpu_outer_keys
 from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
 from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
 from tests.kernels.test_gpu_outer import BFLOAT16
+from tests.kernels.test_gpu_outer_keys import CASES
 
 NAMES = (*test_gpu_outer_keys.NAMES, "d bonus")
 REAL = [(8, 4096, 40, 64), (4, 2048, 16, 128), (8, 2048, 32, 256)]  # RWKV-6 of 3B and wider heads
@@ -41,22 +42,6 @@ def both(arrays: list[Any], segment: Any, save: bool = False) -> tuple[Any, Any]
     """What the kernel finds, and what is right."""
     found = jax.jit(functools.partial(pulled, functools.partial(run, segment, save=save)))(*arrays)
     return found, in_float64(lambda *a: reference(*a, segment), *arrays, how=pulled)
-
-
-CASES = [
-    # length, key and value size, batch, groups, heads, whether states are kept
-    pytest.param(70, 64, 64, 1, 1, 1, False, id="a chunk and a part"),
-    *(
-        pytest.param(*case, id=name, marks=pytest.mark.slow)
-        for name, case in {
-            "one step": (1, 64, 64, 2, 1, 2, False),
-            "whole chunks, heads that share": (192, 64, 64, 2, 1, 2, False),
-            "two blocks of values, states kept": (200, 64, 128, 1, 2, 2, True),
-            "wide keys": (130, 256, 64, 1, 1, 1, False),
-            "wide values": (130, 128, 256, 1, 1, 1, True),
-        }.items()
-    ),
-]
 
 
 @interpreted
