@@ -38,7 +38,7 @@ test: $(STAMP)  ## Run the quick tests (at most 10 minutes)
 	@$(PYTHON) -m pytest $(PARALLEL)
 
 test-slow: $(STAMP)  ## Run the slow tests (at most 30 minutes)
-	@echo "test-slow: the slow tier, compiled as users compile"
+	@echo "test-slow: the slow tier"
 	@$(PYTHON) -m pytest -m "slow and not parity" $(PARALLEL)
 
 test-all: test test-slow  ## Run the quick and the slow tests (at most 40 minutes)
@@ -59,10 +59,8 @@ $(PARITY): $(STAMP)
 
 tables-smoke: $(STAMP)  ## Run every paper table with a few steps, to see that all of it runs (some minutes)
 	@rm -rf runs/smoke runs/tables/*/smoke
-	@tables=$$($(PYTHON) -m experiments.report --list) && for table in $$tables; do \
-		echo "tables-smoke: $$table"; \
-		$(PYTHON) -m experiments.$$table --scale smoke || exit 1; \
-	done
+	@tables=$$($(PYTHON) -m experiments.report --list) && printf '%s\n' $$tables | xargs -P $(JOBS) -I TABLE sh -c \
+		'echo "tables-smoke: TABLE" && $(PYTHON) -m experiments.TABLE --scale smoke || exit 255'
 
 lint: $(STAMP)  ## Check style, formatting, the direction of imports and types
 	@echo "lint: ruff check"

@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flag = f"--xla_force_host_platform_device_count={FAKE_DEVICES}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # processes that tests start compile as tests do
 
 import jax  # noqa: E402  (after the environment)
 import pytest  # noqa: E402
@@ -26,6 +27,8 @@ import pytest  # noqa: E402
 from tests import evidence  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes objects by the million that live as long as their cache: looking through them less often saves a tenth.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,18 +41,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiled programs are kept in pytest's own cache: a second run of unchanged code only traces.
+    """Compiled programs are kept in pytest's own cache, for processes that tests start too: a second run only traces.
 
     `pytest --cache-clear` forgets them; without the cache plugin (`-p no:cacheprovider`) nothing is kept.
     """
-    if "not slow" in config.option.markexpr and jax.__version__.startswith("0.10."):
-        # With XLA's older code for fusions a program compiles in half the time. The slow tier compiles as users do, and
-        # so does a jax whose XLA may not know the flag, which would end the process.
+    if jax.__version__.startswith("0.10."):
+        # With XLA's older code for fusions a program compiles in half the time; a newer XLA ends a process for it.
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     if hasattr(config, "cache"):
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        settings = {
+            "jax_compilation_cache_dir": str(config.cache.mkdir("xla")),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": 0,
+        }
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
 
 
 def group_of(nodeid: str) -> str:
@@ -110,13 +117,14 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """For tests that compile much and compute little: LLVM without its expensive passes, two to three times faster.
+@pytest.fixture(autouse=True)
+def optimisations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests compile much and compute little: XLA and LLVM go without their expensive passes, two to three times faster.
 
-    The program is the same up to XLA's own optimisations; the slow tier compiles as users do.
+    Those marked `optimised` do not; the demo and the tables, which CI runs too, compile as users do.
     """
+    optimised = request.node.get_closest_marker("optimised") is not None
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before and not optimised)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

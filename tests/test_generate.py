@@ -16,8 +16,6 @@ KEY = jax.random.key(0)
 PROMPTS = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6]]
 STEPS = 10
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def model():

@@ -138,7 +138,7 @@ def test_only_the_documents_of_a_batch_are_read(prepared: Path) -> None:
     assert piece["targets"][-1] == 256
 
 
-def test_a_model_learns_from_it(read: TFDSDocuments, quick_compilation: None) -> None:
+def test_a_model_learns_from_it(read: TFDSDocuments) -> None:
     layers = (((RGLRUConfig(recurrent_size=16, blocks=2),), 1),)
     model = ModelConfig(VOCAB_SIZE, 16, layers, remat=False).make(rngs=nnx.Rngs(0))
     config = TrainConfig(steps=40, batch_size=4, length=32, learning_rate=1e-2, warmup=5, log_every=1)

@@ -7,7 +7,6 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -46,8 +45,6 @@ def code(page: str) -> Iterator[dict[str, Any]]:
     plt.switch_backend("agg")
     module = types.ModuleType("page")
     sys.modules["page"] = module  # dataclasses look their module up
-    optimisations = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)  # the page compiles much and computes little
     try:
         for kind, text in cells(page):
             if kind != "prose":
@@ -55,7 +52,6 @@ def code(page: str) -> Iterator[dict[str, Any]]:
         yield module.__dict__
     finally:
         plt.close("all")
-        jax.config.update("jax_disable_most_optimizations", optimisations)
         del sys.modules["page"]
 
 

@@ -53,7 +53,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_code_of_the_readme_runs(quick_compilation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     published = ModelConfig(11, 16, (((Mamba2Config(head_size=8, state_size=4),), 2),), norm=NormConfig(eps=1e-5))

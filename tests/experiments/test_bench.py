@@ -92,7 +92,6 @@ def test_verdicts() -> None:
     ]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_rows_say_where_they_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows" / "bench.jsonl"
     bench.main(["step", "--quick", "--out", str(out)])
@@ -120,7 +119,6 @@ def test_the_work_of_a_peer_is_that_of_the_parameters_a_token_meets() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")  # nearly all of its time goes into compiling
 def test_scans_and_decoding_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (case, models):  # a few turns: the figures mean nothing
         monkeypatch.setattr(module, "side_by_side", lambda runs, **_: measure.side_by_side(runs, budget=0, least=1))

@@ -22,8 +22,6 @@ from experiments.bench.measure import Quartiles, Rates, Work
 
 KEYS = ("device", "family", "implementation", "shape", "ms_forward", "ms_forward_backward", "floor_ms")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_documents_fill_a_row_and_are_of_mixed_lengths() -> None:
     starts = Shape(1, 8192, 16, 128, documents=16).starts()

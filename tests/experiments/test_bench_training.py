@@ -12,8 +12,6 @@ import pytest
 from experiments.bench import __main__ as bench
 from experiments.bench import training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.slow
 def test_a_row_says_how_fast_and_how_much_is_outside_products(

@@ -22,7 +22,6 @@ from seqmodels import params
 from seqmodels.data import VOCAB_SIZE
 from seqmodels.train.metrics import read_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXT = "".join(f"{number} plus {number} is {2 * number}.\n" for number in range(300))
 SMALL = "--model.width 16 --model.layers.0.0.2.window 8 --train.batch-size 2 --train.length 32 --log-every 1"
 
@@ -35,10 +34,7 @@ def run_dir(tmp_path_factory) -> Path:
     for part in range(3):
         (folder / "text" / f"{part}.txt").write_text(TEXT)
     flags = f"{SMALL} --data.source {folder / 'text'} --steps 4 --checkpoint-every 2 --workdir {folder / 'out'}"
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)  # as quick_compilation, which serves single tests
     train_command.main(["demo", *flags.split()])
-    jax.config.update("jax_disable_most_optimizations", before)
     return folder / "out"
 
 

@@ -83,9 +83,7 @@ def test_windows_stand_for_themselves_or_go_on() -> None:
 
 
 @pytest.mark.slow
-def test_a_base_is_trained_once_and_gone_on_from(
-    quick_compilation: None, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_is_trained_once_and_gone_on_from(short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     real = Windows.__next__
     monkeypatch.setattr(Windows, "__next__", lambda self: taken.append(self._taken) or real(self))
@@ -112,7 +110,7 @@ def test_a_base_is_trained_once_and_gone_on_from(
         other.get(work("other"))
 
 
-def test_a_rise_is_told_from_the_same_text_read_afresh(quick_compilation: None, short: None) -> None:
+def test_a_rise_is_told_from_the_same_text_read_afresh(short: None) -> None:
     """Every token of the last half, with 4 to 8 tokens before it."""
     model = MODEL.make(rngs=nnx.Rngs(0))
     metrics, _ = lengths.measure(model, TEXT, length=8, longest=64, rows=1)
@@ -133,7 +131,7 @@ def raises(self: Windows) -> None:
 
 
 @pytest.mark.slow
-def test_a_psm_has_losses_and_remembrance_but_no_state(quick_compilation: None, short: None) -> None:
+def test_a_psm_has_losses_and_remembrance_but_no_state(short: None) -> None:
     from experiments import zoo
 
     model = dataclasses.replace(zoo.psm(16, chunk=4, heads=2), vocab_size=257).make(rngs=nnx.Rngs(0))
@@ -143,7 +141,7 @@ def test_a_psm_has_losses_and_remembrance_but_no_state(quick_compilation: None, 
     assert metrics["last"] == 64
 
 
-def test_passkeys_are_read_in_chunks_as_in_one_go(quick_compilation: None) -> None:
+def test_passkeys_are_read_in_chunks_as_in_one_go() -> None:
     from experiments.harness.tasks import ask
 
     model = MODEL.make(rngs=nnx.Rngs(0))
@@ -158,7 +156,7 @@ def test_passkeys_are_read_in_chunks_as_in_one_go(quick_compilation: None) -> No
     assert dataclasses.replace(words, length=90, depth=0.1).spell("12345", 0.1).tokens.max() < 50
 
 
-def test_a_passkey_cell(quick_compilation: None, short: None, tmp_path: Path) -> None:
+def test_a_passkey_cell(short: None, tmp_path: Path) -> None:
     base = lengths.Trained(MODEL, TRAIN, "none")
     config = dataclasses.replace(TRAIN, steps=2, initial=InitialState(InitialKind.FITTED_NOISE))
     run = PasskeyRun(base, Passkey(length=80), (1, 2), config, depths=(0.0, 1.0), size=2)
@@ -170,7 +168,7 @@ def test_a_passkey_cell(quick_compilation: None, short: None, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_checkpoint_has_cells_and_its_place_is_no_setting(
-    quick_compilation: None, short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "tiny"
     save_pretrained(MODEL.make(rngs=nnx.Rngs(0)), folder)

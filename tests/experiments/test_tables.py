@@ -102,7 +102,7 @@ def toy(**changes: Any) -> TaskRun:
 
 @pytest.mark.slow
 def test_a_cell_that_was_stopped_in_training_ends_as_one_that_was_not(
-    quick_compilation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = toy(curriculum=((2, Parity(max_length=4)),))
     seen: list[float] = []
@@ -175,7 +175,7 @@ def test_a_run_made_shorter_keeps_the_rest() -> None:
     assert run.curriculum == ((10, Parity(max_length=3)), (10, Parity(max_length=5)))
 
 
-def test_the_example_of_the_page_is_a_table(quick_compilation: None, tmp_path: Path) -> None:
+def test_the_example_of_the_page_is_a_table(tmp_path: Path) -> None:
     page = (ROOT / report.PAGE).read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {"__name__": "example"}

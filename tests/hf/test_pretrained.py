@@ -27,8 +27,6 @@ from tests.hf import models
 
 MODEL = models.MAMBA2
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:

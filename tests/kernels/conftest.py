@@ -6,14 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.common import STRICT, without_races
+from tests.kernels.common import without_races
 
 
 @pytest.fixture(autouse=True)
-def races(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Strict cases compile quickly besides: the interpreter compiles a kernel once a core, and that is their time."""
-    case = getattr(request.node, "callspec", None)
-    if case is not None and case.params.get("interpret") is STRICT:
-        request.getfixturevalue("quick_compilation")
+def races() -> Iterator[None]:
     with without_races():
         yield

@@ -111,7 +111,6 @@ def test_the_kernel_equals_the_recurrence_in_float64(
 
 
 @each
-@pytest.mark.usefixtures("quick_compilation")
 def test_steps_that_turn_round_what_was_just_written_lose_little(kind: str) -> None:
     """Keys that are almost one, strengths near 2 and no decay: the furthest an inverse gets from the identity."""
     arrays = inputs(130, 16, 8, heads=1, per_key=kind == "per key", stiff=True)
@@ -135,7 +134,6 @@ def test_chunks_of_other_lengths_give_the_same(kind: str) -> None:
 
 @each
 @parts
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_kernel_that_is_wrong_is_found(part: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control of the tests above."""
     module, kernel = KERNELS[kind]
@@ -194,7 +192,6 @@ def test_errors_name_the_shapes(kind: str) -> None:
         kernel(*wide, *arrays[2:])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", [*KERNELS, "none"])
 def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as a loop over tokens has them; and why it does not serve else."""

@@ -23,8 +23,6 @@ WIDTH = 4
 # A handful of float32 operations, compiled in another way: of a number, and of its array's largest entry.
 RELATIVE, ROUNDING = 1e-5, 1e-6
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Parts(NamedTuple):
     sum: Any

@@ -13,7 +13,6 @@ from seqmodels.layers.positions import rotated_size
 
 # float32 sums of a few dozen terms in another order, and one softmax.
 ROUNDING = 2e-6
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 37, 4, 2, 6
 

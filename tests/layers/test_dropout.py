@@ -27,8 +27,6 @@ SPREAD = 5 * (RATE / (1 - RATE) / np.prod(SHAPE)) ** 0.5
 # The same few products in programs that XLA fuses in other ways.
 ROUNDING = 1e-5
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def keyed(seed: int | None = 0, shape: tuple[int, ...] = SHAPE) -> Context:
     key = None if seed is None else jax.random.key(seed)

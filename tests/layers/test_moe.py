@@ -26,7 +26,7 @@ EXACT = 1e-12
 # float32 sums of a few dozen terms in another order.
 ROUNDING = 1e-5
 
-exact = pytest.mark.usefixtures("x64", "quick_compilation")
+exact = pytest.mark.usefixtures("x64")
 
 
 def made(config: MoEConfig, dtype: Any = np.float64) -> tuple[params.Definition, dict[str, Any]]:
@@ -166,7 +166,6 @@ def test_a_router_is_float32_in_a_bfloat16_model() -> None:
     assert (y.dtype, aux["balance"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_losses_are_over_the_tokens_of_all_devices() -> None:
     """Loss and gradients on eight devices are those of one; losses of a device's own tokens would differ."""
     moe = MoEConfig(experts=4, top_k=2, hidden_size=8, shared_hidden_size=8, balance=1.0, router_z=0.1)

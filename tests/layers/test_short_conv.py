@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from seqmodels.layers import ShortConv
 from seqmodels.typing import Context, Segments
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Sums of at most five float32 products.
 ROUNDING = 1e-6
 CHANNELS = 3

@@ -22,8 +22,6 @@ WIDTH = 4
 # A handful of float32 operations, compiled in another way.
 ROUNDING = 1e-6
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @dataclasses.dataclass(frozen=True)
 class RunningSum(MixerConfig):

@@ -14,8 +14,6 @@ from seqmodels.layers.token_shift import lerp, no_token, token_shift
 from seqmodels.typing import Context
 from tests.layers.test_short_conv import context_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WIDTH = 3
 
 

@@ -13,8 +13,6 @@ from seqmodels.mixers import AttentionConfig
 from seqmodels.typing import Segments
 from tests.mixers.properties import BATCH, FLOAT32, WIDTH, Subject, assert_close, layout, tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_full_attention_asks_for_a_capacity() -> None:
     mixer = nnx.eval_shape(lambda: AttentionConfig(heads=4).make(WIDTH, layer=0, depth=1, rngs=nnx.Rngs(0)))

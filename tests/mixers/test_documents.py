@@ -31,7 +31,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
 
 

@@ -1,4 +1,4 @@
-"""The slow tier: lengths around a chunk, against one token at a time; one of each kind compiled as users compile."""
+"""The slow tier: lengths around a chunk, against one token at a time; one of each kind is compiled in full."""
 
 from __future__ import annotations
 
@@ -56,12 +56,15 @@ def token_by_token(s: Subject, x: np.ndarray, segments: Segments, weights: Weigh
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [(name, length) for name in CONFIGS for length in LENGTHS if length == ODD or name in FAMILIES],
+    [
+        pytest.param(name, length, marks=[pytest.mark.optimised] if name in FAMILIES and length == ODD else [])
+        for name in CONFIGS
+        for length in LENGTHS
+        if length == ODD or name in FAMILIES
+    ],
 )
-def test_every_length_equals_token_by_token(name: str, length: int, request: pytest.FixtureRequest) -> None:
+def test_every_length_equals_token_by_token(name: str, length: int) -> None:
     """Outputs, state and gradients of random layouts, from a state that has seen tokens."""
-    if name not in FAMILIES:
-        request.getfixturevalue("quick_compilation")
     s, random = subject(name), np.random.default_rng(length)
     x = tokens(length, BATCH, length)
     unbroken = Segments(np.zeros((BATCH, length), bool), np.ones((BATCH, length), bool))

@@ -20,8 +20,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Inputs of the last tokens, which short convolutions, token shifts and the trapezoidal rule look back at.
 INPUTS = {"conv", "last", "key", "value"}
 # What is bound to positions of its own document: caches, and counters over chunks or powers of two.

@@ -34,7 +34,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_cell = pytest.mark.parametrize("name", sorted(NONLINEAR))
 
 

@@ -32,7 +32,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
 every_recurrence = pytest.mark.parametrize("name", RECURRENT)
 

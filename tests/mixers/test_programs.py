@@ -27,7 +27,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
 every_sharded = pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SEQUENTIAL])
 

@@ -26,8 +26,6 @@ MODULUS = 1009  # 48 * 1009 is exact in float32
 # float64 in another order of summation, through a few hundred terms.
 EXACT = 1e-11
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def mix(left: Any, right: Any) -> Any:
     """Neither associative nor commutative, and exact in floats."""

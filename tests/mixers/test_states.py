@@ -24,7 +24,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
 
 # Logical axes in use (params.param): a parameter with another one has no rule in any sharding.

@@ -20,7 +20,6 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 COLLECTIVE = re.compile(r"= (\([^)]*\)|\S+) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(")
 SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Their state is one number a channel and nothing else, so an element is as many decays again, and a flag.
 ELEMENTWISE = {"gated_rnn", "mingru", "minlstm"}
 # A delta rule's element is a dense K x K transition beside the K x V memory; here K = V, and little else is carried.

@@ -25,8 +25,6 @@ from tests.mixers.properties import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_first_block_continues_packs_pads_and_shards() -> None:
     """Pieces, one device or eight, NaN in the padding: the same outputs and the same state."""

@@ -31,8 +31,6 @@ S = Mamba2Config(head_size=8, state_size=4)
 MLP = MLPConfig(expansion=2)
 HYBRID = (((R, W), 2), ((Block(S, MLP), A), 1))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def make(layers: Any = HYBRID, **options: Any) -> LanguageModel:
     return ModelConfig(VOCAB, WIDTH, layers, **options).make(rngs=nnx.Rngs(0))

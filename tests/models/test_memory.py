@@ -15,7 +15,6 @@ from seqmodels.mixers import AttentionConfig, Mamba2Config, PrefixScan, RetNetCo
 from seqmodels.models.memory import Role, described, fresh_memory, named, replaced, rows_first
 from seqmodels.typing import Memory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BATCH, LENGTH = 2, 8
 FULL = AttentionConfig(heads=2)
 MAMBA = Mamba2Config(head_size=8, state_size=4, expansion=1.0)

@@ -83,7 +83,7 @@ def small(config: ModelConfig) -> ModelConfig:
         small(hawk("100M", 11)),
     ],
 )
-def test_small_ones_run_and_carry_their_state(config: ModelConfig, quick_compilation: None) -> None:
+def test_small_ones_run_and_carry_their_state(config: ModelConfig) -> None:
     model = config.make(rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 11, (1, 8))
     fresh = model.init_state(1)

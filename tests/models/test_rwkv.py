@@ -25,7 +25,6 @@ VOCABULARY, WIDTH, BATCH, LENGTH = 13, 16, 2, 16
 ROUNDING = 5e-5
 RWKV: dict[int, MixerConfig] = {4: RWKV4Config(), 6: RWKV6Config(head_size=8), 7: RWKV7Config(head_size=8)}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 every_version = pytest.mark.parametrize("version", RWKV)
 
 

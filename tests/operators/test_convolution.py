@@ -27,8 +27,6 @@ EXACT = 1e-11
 # float32 transforms: some units of 2^-24 relative to the largest term.
 ROUNDING = 2e-6
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _loop(x: np.ndarray, kernel: np.ndarray, document: np.ndarray) -> np.ndarray:
     y = np.zeros(x.shape, np.result_type(x, kernel))

@@ -26,8 +26,6 @@ B, T, G, H, K, V = 2, 70, 1, 2, 8, 6
 METHODS = ({"method": "sequential"}, {"method": "chunked", "chunk": 32})
 by_method = pytest.mark.parametrize("options", METHODS, ids=lambda m: "-".join(map(str, m.values())))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _segments() -> Segments:
     """Documents of lengths 1 and more, one row that goes on from its state, and padding at the end of the other."""

@@ -19,8 +19,6 @@ from seqmodels.scan import scan
 from seqmodels.testing import check_recurrence
 from seqmodels.typing import Segments
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 rounding (6e-8) over 70 steps with sums of 8 products; gates of 1e2 round their exponents by 1e-5.
 ROUNDING = 1e-4
 # bfloat16 keeps 8 bits: two parts in a thousand for each rounding of an input or a score.

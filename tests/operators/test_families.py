@@ -164,7 +164,7 @@ def test_a_fixed_decay_may_forget_at_once() -> None:
 
 @pytest.mark.parametrize("options", METHODS[:2], ids=lambda m: m["method"])
 @pytest.mark.parametrize("kind", ["per head", "per key"])
-def test_gradients_of_everything_with_segments(kind: str, options: dict, x64: None, quick_compilation: None) -> None:
+def test_gradients_of_everything_with_segments(kind: str, options: dict, x64: None) -> None:
     keys = jax.random.split(jax.random.key(3), 5)
     shapes = ((1, 7, 1, 2), (1, 7, 1, 2), (1, 7, 2, 3), (1, 2, 2, 3), (1, 7, 2, 2) if kind == "per key" else (1, 7, 2))
     query, key, value, state, gate = (jax.random.normal(k, s, jnp.float64) for k, s in zip(keys, shapes, strict=True))

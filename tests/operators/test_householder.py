@@ -14,8 +14,6 @@ from seqmodels.typing import Segments
 ROUNDING = 5e-5
 B, T, N, G, H, K, V = 2, 13, 3, 1, 2, 4, 5
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _inputs(steps: int = N) -> tuple[np.ndarray, ...]:
     """`query, key, value, beta, log_decay, state`; decays of one token are -inf."""

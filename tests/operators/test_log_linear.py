@@ -23,8 +23,6 @@ B, T, G, H, K, V, L = 2, 70, 1, 2, 4, 3, 8
 METHODS = ({"method": "sequential"}, {"method": "chunked"}, {"method": "chunked", "chunk": 12})
 by_method = pytest.mark.parametrize("options", METHODS, ids=lambda m: "-".join(map(str, m.values())))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _inputs(kind: str = "gentle") -> dict[str, Any]:
     random = np.random.default_rng(0)

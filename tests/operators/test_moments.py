@@ -18,8 +18,6 @@ from seqmodels.operators.moments import empty_moments
 from seqmodels.testing import check_recurrence
 from seqmodels.typing import Segments
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 rounding (6e-8) of a sum over some hundred values, relative to their spread.
 ROUNDING = 5e-6
 B, T, D, G = 2, 70, 12, 3

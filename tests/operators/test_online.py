@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from seqmodels import params
@@ -19,8 +18,6 @@ from seqmodels.typing import Context, Segments
 BATCH, LENGTH, WIDTH, SIZE = 3, 12, 4, 5
 # float64 sums in another order.
 EXACT = 1e-11
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def _layer() -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
 
+pytestmark = pytest.mark.optimised
 LENGTH, WIDTH = 64, 16
 
 

@@ -31,8 +31,6 @@ METHODS = (
 )
 by_method = pytest.mark.parametrize("options", METHODS, ids=lambda m: "-".join(map(str, m.values())))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _inputs(seed: int = 0, length: int = T, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
     """x, dt, a, b, c, d, state."""

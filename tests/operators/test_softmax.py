@@ -24,8 +24,6 @@ B, T, H, V = 2, 70, 3, 4
 METHODS = ({"method": "sequential"}, {"method": "chunked", "chunk": 16}, {"method": "associative"})
 by_method = pytest.mark.parametrize("options", METHODS, ids=lambda m: m["method"])
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def segments() -> Segments:
     start = np.zeros((B, T), bool)

@@ -29,8 +29,6 @@ B, T, H, R, K, V = 2, 35, 2, 3, 4, 5
 METHODS = ({"method": "sequential"}, {"method": "chunked", "chunk": 8}, {"method": "associative"})
 by_method = pytest.mark.parametrize("options", METHODS, ids=lambda m: m["method"])
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _inputs(length: int = T, dtype: Any = np.float32) -> dict[str, Any]:
     random = np.random.default_rng(0)

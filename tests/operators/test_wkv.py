@@ -20,8 +20,6 @@ from seqmodels.operators.wkv import Weighted, WKVState, empty_wkv
 from seqmodels.testing import check_recurrence
 from seqmodels.typing import Segments
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 rounding (6e-8) of exponents up to 100, over 70 steps whose weights are all positive.
 ROUNDING = 5e-5
 # bfloat16 keeps 8 bits: two parts in a thousand for each rounding of a value or the output, and keys are exponents.

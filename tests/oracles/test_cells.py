@@ -15,7 +15,7 @@ from tests.oracles.cells import gated_rnn, gru, lstm, mingru, minlstm
 from tests.oracles.test_mixers import EXACT, STARTS, Case, assert_cells
 from tests.oracles.xlstm import slstm_block
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 ELEMENTWISE: dict[str, tuple[MixerConfig, Any]] = {
     "mingru": (MinGRUConfig(), functools.partial(mingru, positive=True)),

@@ -18,7 +18,7 @@ from tests.oracles.kda import kda_layer
 from tests.oracles.log_linear import log_linear_mamba2_block
 from tests.oracles.test_mixers import EXACT, STARTS, Case
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 CASES: dict[str, tuple[MixerConfig, Callable[..., Any], dict[str, Any]]] = {

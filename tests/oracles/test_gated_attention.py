@@ -17,7 +17,7 @@ from seqmodels.typing import Context
 from tests.oracles.attention import attention
 from tests.oracles.test_mixers import STARTS, WIDTH, Case
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 # An eps large enough that a norm which left it out, or took another one, would be seen.
 CENTRED = NormConfig(eps=1e-2, zero_centred=True)

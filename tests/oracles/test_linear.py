@@ -25,7 +25,7 @@ from tests.oracles.test_mixers import EXACT, LENGTH, STARTS, WIDTH, Case
 # A few float32 operations, none of which loses digits.
 FLOAT32 = 2e-6
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 same = functools.partial(chex.assert_trees_all_close, rtol=EXACT, atol=EXACT)
 

@@ -13,7 +13,7 @@ from tests.oracles.gated_deltanet import gated_deltanet_layer
 from tests.oracles.gla import gla_layer
 from tests.oracles.test_mixers import EXACT, STARTS, Case
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ STARTS = {0, 1, 5}  # a document of one token, and two longer than the convoluti
 # float64 in another order of summation, through a few dozen terms.
 EXACT = 1e-11
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def file_of(oracle: Callable[..., Any]) -> str:

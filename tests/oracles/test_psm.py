@@ -26,7 +26,7 @@ STARTS = {0, 14}  # seven whole chunks (one block of four, one of two, one of on
 # float64 in another order of summation, through a few hundred terms.
 EXACT = 1e-11
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("causal_aggregator", [False, pytest.param(True, marks=pytest.mark.slow)])

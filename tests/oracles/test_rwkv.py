@@ -23,7 +23,7 @@ from tests.oracles.test_mixers import EXACT, LENGTH, STARTS, WIDTH, Case
 # A language model computes in float32: 6e-8 a rounding, through six layers and their norms.
 SINGLE = 1e-5
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def assert_exact(got: Any, expected: Any) -> None:

@@ -15,7 +15,7 @@ from tests.oracles.mamba1 import mamba1_block
 from tests.oracles.mamba3 import mamba3_block
 from tests.oracles.test_mixers import EXACT, STARTS, Case
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 MAMBA1 = {
     "published": Mamba1Config(state_size=3),

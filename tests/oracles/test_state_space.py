@@ -19,7 +19,7 @@ from tests.oracles import state_space as oracle
 from tests.oracles.differences import check_gradient
 from tests.oracles.test_mixers import EXACT, LENGTH, STARTS, Case
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def assert_halves(hidden: Any, expected: np.ndarray) -> None:

@@ -13,10 +13,3 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     excluded = "not parity" in config.getoption("markexpr") or not installed
     return True if collection_path.name.startswith("test_") and excluded else None
-
-
-@pytest.fixture(autouse=True)
-def compiled_in_a_hurry(request: pytest.FixtureRequest) -> None:
-    """Compilation is most of the time here; `test_logits` runs programs as users do."""
-    if "logits" not in request.node.name:
-        request.getfixturevalue("quick_compilation")

@@ -40,6 +40,7 @@ def cached(output: Any) -> Iterator[Any]:
         )
 
 
+@pytest.mark.optimised
 def test_logits(pair: pairs.Pair) -> None:
     pairs.check_logits(pair)
 

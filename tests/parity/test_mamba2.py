@@ -35,6 +35,7 @@ def cached(output: Any) -> Iterator[Any]:
         yield conv.transpose(1, 2)[:, 1:], ssm.transpose(2, 3)
 
 
+@pytest.mark.optimised
 def test_logits(pair: pairs.Pair) -> None:
     pairs.check_logits(pair)
 

@@ -21,7 +21,7 @@ from seqmodels.layers import Activation, Block, MLPConfig, MoEConfig, NormConfig
 from seqmodels.mixers import AttentionConfig, GatedDeltaNetConfig
 from tests.parity import pairs
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 4}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -94,6 +94,7 @@ def of_ours(state: Any) -> Any:
     return state.key[:, :length], state.value[:, :length]
 
 
+@pytest.mark.optimised
 def test_logits(pair: pairs.Pair) -> None:
     pairs.check_logits(pair)
 

@@ -60,6 +60,7 @@ def of_ours(state: Any) -> Any:
     return state.key[:, slots], state.value[:, slots]
 
 
+@pytest.mark.optimised
 def test_logits(pair: pairs.Pair) -> None:
     pairs.check_logits(pair)
 

@@ -48,6 +48,7 @@ def of_ours(state: Any) -> Any:
     return state.last, numerator / denominator, jnp.log(denominator) + log_max
 
 
+@pytest.mark.optimised
 def test_logits(pair: pairs.Pair) -> None:
     pairs.check_logits(pair)
 

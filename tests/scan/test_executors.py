@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 from seqmodels.scan import scan, step
 from tests.scan.examples import AFFINE, EXAMPLES, PRODUCT, Example, loop
 
+pytestmark = pytest.mark.optimised
 # float32 rounding (6e-8) over 13 steps of products of order one.
 ROUNDING = 2e-5
 LENGTH = 13
@@ -115,9 +116,7 @@ def test_a_function_of_update_alone_never_builds_elements() -> None:
 
 
 @pytest.mark.parametrize("options", METHODS[:2] + METHODS[3:4], ids=lambda m: m["method"])
-def test_gradients_of_inputs_and_initial_state_through_outputs_and_final_state(
-    options: dict, x64: None, quick_compilation: None
-) -> None:
+def test_gradients_of_inputs_and_initial_state_through_outputs_and_final_state(options: dict, x64: None) -> None:
     rng = np.random.default_rng(6)
     inputs, state = jax.tree.map(lambda x: x.astype(jnp.float64), (AFFINE.inputs(rng, 5), AFFINE.state(rng)))
     reset, valid = jnp.arange(5) == 3, jnp.arange(5) != 2

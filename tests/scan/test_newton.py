@@ -20,7 +20,6 @@ EXACT = 1e-12
 # The residual's tolerance in float32, and room for the steps after it, through which an error decays.
 SINGLE = 3e-5
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 kinds = pytest.mark.parametrize("jacobian", list(Jacobian))
 
 

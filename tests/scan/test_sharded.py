@@ -16,6 +16,7 @@ from seqmodels.operators import Diagonal, Outer, diagonal_recurrence, outer_recu
 from seqmodels.scan import Recurrence, scan, sharded_scan
 from tests.scan.examples import AFFINE, PRODUCT
 
+pytestmark = pytest.mark.optimised
 # float32 rounding over 24 steps, associated differently.
 ROUNDING = 5e-5
 DEVICES, LENGTH = 8, 24

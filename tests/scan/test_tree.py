@@ -15,6 +15,7 @@ from jax import lax
 
 from seqmodels.scan import Recurrence, counter_prefixes, empty_counter, scan, step, tree_prefixes
 
+pytestmark = pytest.mark.optimised
 MODULUS = 1_000_003
 
 
@@ -120,7 +121,7 @@ def _smooth() -> Recurrence:
     )
 
 
-def test_gradients_of_tree_and_counter_agree_and_reach_the_state(quick_compilation: None) -> None:
+def test_gradients_of_tree_and_counter_agree_and_reach_the_state() -> None:
     rng = np.random.default_rng(0)
     recurrence = _smooth()
     inputs = jnp.asarray(rng.normal(size=(11, 2)), jnp.float32)

@@ -18,7 +18,6 @@ def main(rank: int, count: int, port: str, workdir: str, *rest: str) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(f"localhost:{port}", count, rank)
 
     from seqmodels.train import Interrupted, MeshConfig, train

@@ -15,8 +15,6 @@ from seqmodels.train.files import CannotWrite
 from tests.train.quick import STEPS, Batches, checkpoints, losses, plain_loss, run
 from tests.train.tiny import LOCAL, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> list[tuple[int, float]]:

@@ -18,8 +18,6 @@ from tests.train.tiny import BATCH, LENGTH, tiny_config, tiny_model
 EPOCHS = 3
 EVERY = 3  # steps between checkpoints, so that most kills repeat some steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def corpus() -> list[Document]:
     """Forty documents, each byte of which says whose it is; some are empty, some longer than a row."""

@@ -16,8 +16,6 @@ from tests.train.tiny import FULL, LENGTH, LOCAL, RECURRENT, texts, tiny_model
 TOLERANCE = 1e-5
 LONGEST = 64
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def bits(score, text: bytes, length: int) -> float:
     """Of one document, in pieces of `length` targets that know nothing of each other."""

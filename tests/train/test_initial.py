@@ -25,8 +25,6 @@ from tests.train.quick import plain_loss
 from tests.train.starting import KINDS, compiled, hybrid, memory, run, starting_from, streams
 from tests.train.tiny import BATCH, FULL, LENGTH, LOCAL, RECURRENT, loader, tiny_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 sums of a few hundred terms in another order
 TOLERANCE = 2e-5
 STEPS = 4

@@ -21,7 +21,6 @@ from tests.train.test_loop import Trouble
 from tests.train.test_mesh import RUN
 from tests.train.tiny import RECURRENT, tiny_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 5
 
 

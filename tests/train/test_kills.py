@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ STEPS = 300
 # where the kills of the slow test fall: during a save, after some steps, or anywhere from the process's start on
 KILLS = {"save": 8, "steps": 8, "start": 4}
 SAVE_SECONDS = 0.06  # about the length of a save
+ROWS = 10  # a process that was not killed before is killed after so many: the run shall outlive all kills
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -34,6 +35,12 @@ def wait_until(done, process: subprocess.Popen, what: str) -> None:
     while not done():
         assert process.poll() is None, f"the process ended before {what}"
         assert time.monotonic() < end, f"two minutes without {what}"
+        time.sleep(0.001)
+
+
+def wait(seconds: float, enough: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not enough():
         time.sleep(0.001)
 
 
@@ -64,37 +71,32 @@ def test_a_run_killed_twenty_times_goes_on_to_the_bit(tmp_path):
     seed = int(np.random.default_rng().integers(2**31))
     print(f"seed {seed}")  # shown if the test fails
     random = np.random.default_rng(seed)
-    # the whole run fills the cache: the others only read it
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     marker = killed / MARKER
-    subprocess.run([*COMMAND, str(whole), str(STEPS)], check=True, timeout=300, env=environment)
+    subprocess.run([*COMMAND, str(whole), str(STEPS)], check=True, timeout=300)
+    reached = lambda row: len(losses(killed)) >= row
     startup, inside = 1.0, 0
     for kind in random.permutation([kind for kind, count in KILLS.items() for _ in range(count)]):
         began, before = time.monotonic(), len(losses(killed))
-        process = subprocess.Popen([*COMMAND, str(killed), str(STEPS)], env=environment)
+        process = subprocess.Popen([*COMMAND, str(killed), str(STEPS)])
+        enough = lambda before=before: reached(before + ROWS)
         if kind == "start":
-            time.sleep(random.uniform(0, startup))
+            wait(random.uniform(0, startup), enough)
         elif kind == "save":
             wait_until(marker.exists, process, "a save")
-            time.sleep(random.uniform(0, SAVE_SECONDS))
+            wait(random.uniform(0, SAVE_SECONDS), enough)
         else:
-            wanted = before + int(random.integers(1, 20))
-            wait_until(lambda wanted=wanted: len(losses(killed)) >= wanted, process, f"row {wanted}")
+            wanted = before + int(random.integers(1, ROWS))
+            wait_until(lambda wanted=wanted: reached(wanted), process, f"row {wanted}")
             startup = time.monotonic() - began
-            time.sleep(random.uniform(0, SAVE_SECONDS))
+            wait(random.uniform(0, SAVE_SECONDS), enough)
         kill(process)
         inside += marker.exists()
         print(f"{kind}: {len(losses(killed))} rows, killed {'inside' if marker.exists() else 'outside'} a save")
         marker.unlink(missing_ok=True)
     assert inside >= KILLS["save"] // 2
     assert len(losses(killed)) < STEPS
-    subprocess.run([*COMMAND, str(killed), str(STEPS)], check=True, timeout=300, env=environment)
+    subprocess.run([*COMMAND, str(killed), str(STEPS)], check=True, timeout=300)
     assert losses(killed) == losses(whole)
     assert len(losses(whole)) == STEPS
 

@@ -14,8 +14,6 @@ from seqmodels.train.length import doubling
 from tests.train.starting import MAMBA, hybrid, memory
 from tests.train.tiny import FULL, LOCAL, RECURRENT, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 sums of a few hundred terms in another order
 TOLERANCE = 2e-5
 ROWS, LENGTH = 2, 24

@@ -32,8 +32,6 @@ VOCABULARY, BATCH, LENGTH, WIDTH = 32, 8, 16, 64
 # (data, fsdp, sequence)
 EVERY_AXIS, ROWS = (2, 2, 2), (2, 4, 1)
 
-quick = pytest.mark.usefixtures("quick_compilation")
-
 
 def batch(alignment: int = 1) -> dict[str, np.ndarray]:
     """Packed documents of several lengths, padding that a device's share may consist of, unequal counts of tokens."""
@@ -79,14 +77,12 @@ def every_layer_config(*names: str, **settings: Any) -> ModelConfig:
 
 
 @pytest.mark.slow
-@quick
 def test_data_fsdp_and_sequence_together() -> None:
     names = ("rg_lru", "attention")
     assert_mesh_equals_one_device(every_layer_config(*names, tied=False), EVERY_AXIS)
 
 
 @pytest.mark.slow
-@quick
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_mixer(name: str) -> None:
     assert_mesh_equals_one_device(every_layer_config(name), ROWS if name in SEQUENTIAL else EVERY_AXIS)
@@ -117,7 +113,6 @@ def run(workdir: Any = None, batches: Any = None, **changes: Any) -> dict[str, A
     return {"params": jax.device_get(result.arrays), "rows": rows}
 
 
-@quick
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     """Gradient accumulation, on one device and over a mesh: parts count by their tokens."""
     whole = run(steps=3)
@@ -126,7 +121,6 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
 
 
 @pytest.mark.slow
-@quick
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Any) -> None:
     """Stopped after two steps and again after four, on other meshes, as if it had always been one device."""
     alone = run(steps=6)

@@ -16,8 +16,6 @@ CHUNK = 4
 ATTEND = (((AttentionConfig(heads=2, kv_heads=1),), 1),)
 SCAN = PrefixScan(lambda left, right: 0.5 * (left + right), ATTEND, CHUNK)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_a_model_trains_on_documents_aligned_to_its_chunks() -> None:
     model = tiny_model(SCAN)

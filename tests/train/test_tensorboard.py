@@ -12,7 +12,6 @@ from seqmodels.train.metrics import read_rows
 from tests.train.quick import Batches, run
 
 tensorboardX = pytest.importorskip("tensorboardX")  # part of the dev install
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:

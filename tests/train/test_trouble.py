@@ -15,8 +15,6 @@ from seqmodels.train import language_model_loss, make_evaluator
 from tests.train.quick import Batches, checkpoints, losses, plain_loss, run
 from tests.train.tiny import loader, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> list[tuple[int, float]]:

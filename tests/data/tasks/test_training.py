@@ -15,7 +15,7 @@ from seqmodels.train.step import init_state, make_step
 STEPS = 40
 
 
-def test_only_scored_positions_are_learned_from(quick_compilation: None) -> None:
+def test_only_scored_positions_are_learned_from() -> None:
     task = WordProblem("Z3", 6, min_length=2, first_token=True)
     layers = (((RGLRUConfig(recurrent_size=16, blocks=2),), 1),)
     model = ModelConfig(task.vocab_size, 16, layers, remat=False).make(rngs=nnx.Rngs(0))
