@@ -203,11 +203,11 @@ def delta_rule(
     _check_state(state, key, value)
     family = "delta" if getattr(log_decay, "ndim", 3) == 3 else "delta_keys"
     sizes = (key.shape[-1], value.shape[-1])
-    method = kernels.prefer(method, family, query, key, value, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
-    if method == "pallas":
-        return kernels.delta(
-            query, key, value, beta, log_decay, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis
-        )
+    where: Any = {"chunk": chunk, "sequence_axis": sequence_axis}
+    kernel = lambda: kernels.delta(query, key, value, beta, log_decay, state, segments=segments, **where)
+    served = kernels.serve(method, family, kernel, query, key, value, sizes=sizes, **where)
+    if served is not None:
+        return served
     query, key = (jnp.repeat(x, heads // groups, axis=2) for x in (query, key))
     right = key
     if log_decay is not None:  # what is read is the decayed state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,11 +106,17 @@ def diagonal_scan(
         ones = jnp.ones(drive.shape[:2], jnp.promote_types(log_decay.real.dtype, jnp.float32))
         decay = ones if elapsed is None else elapsed
     sizes = (drive.shape[2],)
-    method = kernels.prefer(method, "diagonal", drive, log_decay, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
-    if method == "pallas":
+    where: Any = {"chunk": chunk, "sequence_axis": sequence_axis}
+
+    def kernel() -> tuple[Array, Array]:
+        of_steps = decay
         if fixed:  # no time, no decay: 0 * -inf is NaN
-            decay = jnp.where(decay[..., None] == 0, 0, decay[..., None] * log_decay[None, None])
-        return kernels.diagonal(decay, drive, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
+            of_steps = jnp.where(decay[..., None] == 0, 0, decay[..., None] * log_decay[None, None])
+        return kernels.diagonal(of_steps, drive, state, segments=segments, **where)
+
+    served = kernels.serve(method, "diagonal", kernel, drive, log_decay, sizes=sizes, **where)
+    if served is not None:
+        return served
     plain = method == "auto" and chunk is None and sequence_axis is None and not fixed and length > 4
     if plain and choose(matmul_form=True, length=length, family="diagonal") == "sequential":
         return _loop(decay, drive, state, segments)

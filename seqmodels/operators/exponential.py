@@ -204,14 +204,12 @@ def mlstm_scan(
         raise ValueError(f"the state of key {key.shape} and value {value.shape} is shaped {shapes[1]}, not {shapes[0]}")
 
     sizes = (size, value.shape[-1])
-    method = kernels.prefer(
-        method, "exponential", query, key, value, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis
-    )
-    if method == "pallas":
-        out, after = kernels.exponential(
-            query, key, value, log_input, log_forget, state,
-            eps=eps, segments=segments, chunk=chunk, sequence_axis=sequence_axis,
-        )  # fmt: skip
+    where: Any = {"chunk": chunk, "sequence_axis": sequence_axis}
+    given = (query, key, value, log_input, log_forget, state)
+    kernel = lambda: kernels.exponential(*given, eps=eps, segments=segments, **where)
+    served = kernels.serve(method, "exponential", kernel, query, key, value, sizes=sizes, **where)
+    if served is not None:
+        out, after = served
         return out, ExponentialState(*after)
     out, state = run_family(
         "exponential",

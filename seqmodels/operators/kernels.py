@@ -45,10 +45,10 @@ def on_hopper() -> bool:
     return device().platform in ("gpu", "cuda") and re.search(r"\bG?H\d", device().device_kind) is not None
 
 
-def _serve(
+def _refuse(
     family: str, reasons: Mapping[str, Any], chunk: int | None, sequence_axis: str | None, *, hopper: int
 ) -> None:
-    """Raises ValueError with the first of the reasons that holds, those of every kernel among them.
+    """Raises `Refused` with the first of the reasons that holds, those of every kernel among them.
 
     `hopper`: the steps of a chunk of the kernel for Hopper GPUs.
     """
@@ -63,35 +63,47 @@ def _serve(
     }
     for reason, holds in {**common, **reasons}.items():
         if holds:
-            raise ValueError(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
+            raise Refused(f"method='pallas' for the {family} family: {reason}; use 'auto', which takes the XLA form")
 
 
-def prefer(
+class Refused(ValueError):
+    """No kernel serves, and why."""
+
+
+def serve(
     method: str,
     family: str,
+    kernel: Callable[[], Any],
     *scanned: Array,
     sizes: tuple[int, ...],
     chunk: int | None,
     sequence_axis: str | None,
-) -> str:
-    """`method`, or "pallas" where that is "auto", chunk and sharding are left to it, and the table names a kernel.
+) -> Any | None:
+    """What the kernel gives if `method` is "pallas", or "auto" and the table names it; None where XLA's form is to run.
 
+    `auto` leaves a call with a chunk or sharded time to XLA, and one that the kernel refuses.
     Families: outer and delta, outer_keys and delta_keys (decays of keys, or a bonus), exponential, diagonal, selective.
-    Raises ValueError on a method or a chunk that no family can run.
+    Raises ValueError on a method or a chunk that no family can run, and where "pallas" was asked for and cannot serve.
     """
     check_method(method, chunk)
+    if method == "pallas":
+        return kernel()
     if method != "auto" or chunk is not None or sequence_axis is not None:
-        return method
+        return None
     dtype, length = jnp.result_type(*scanned), scanned[0].shape[1]
     kind = device().device_kind
-    found = choose(matmul_form=True, length=length, family=family, device=kind, sizes=sizes, dtype=dtype)
-    return "pallas" if found == "pallas" else method
+    if choose(matmul_form=True, length=length, family=family, device=kind, sizes=sizes, dtype=dtype) != "pallas":
+        return None
+    try:
+        return kernel()
+    except Refused:
+        return None
 
 
 def _of_matrices(
     query: Array, key: Array, value: Array, chunk: int | None, budget: Callable[..., dict[str, int]]
 ) -> dict[str, bool]:
-    """Reasons of the kernels that multiply matrices, for `_serve`; `budget`: the `vmem_bytes` of that for TPUs."""
+    """Reasons of the kernels that multiply matrices, for `_refuse`; `budget`: the `vmem_bytes` of that for TPUs."""
     kinds = {x.dtype for x in (query, key, value)}
     told = ", ".join(sorted(map(str, kinds)))
     unlike = len(kinds) > 1 or not kinds <= NUMBERS
@@ -156,7 +168,7 @@ def outer(
     per_key = bonus is not None or (log_decay is not None and log_decay.ndim == 4)
     budget = (tpu_outer_keys if per_key else tpu_outer).vmem_bytes
     reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
-    _serve("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
+    _refuse("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     if per_key and log_decay.ndim == 3:
         log_decay = jnp.broadcast_to(log_decay[..., None], (*log_decay.shape, key.shape[-1]))
@@ -189,7 +201,7 @@ def diagonal(
     if not on_hopper():
         channels, planes = drive.shape[2], 1 + (kind == jnp.complex64)
         reasons |= _too_large(f"{channels} channels", tpu_linear.vmem_bytes, channels, chunk, planes=planes)
-    _serve("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_linear.STEPS)
+    _refuse("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_linear.STEPS)
     if state is None:
         state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
     arrays = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
@@ -221,7 +233,7 @@ def delta(
     own = on_hopper()
     budget = (tpu_delta_keys if per_key else tpu_delta).vmem_bytes
     reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
-    _serve("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
+    _refuse("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     given = (query, key, value, beta.astype(jnp.float32), log_decay)
     q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
@@ -255,7 +267,7 @@ def exponential(
     """
     own = on_hopper()
     reasons = _of_matrices(query, key, value, chunk, tpu_exponential.vmem_bytes)
-    _serve("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
+    _refuse("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     if segments is not None:  # nothing is written
         log_input = jnp.where(segments.valid[..., None], log_input, -jnp.inf)
     arrays = [_empty(x, segments) for x in (query, key, value)]
@@ -295,7 +307,7 @@ def selective(
         reasons[f"states of {size} take {held} bytes of shared memory, more than {room}"] = held > room
     else:
         reasons |= _too_large(f"states of {size}", tpu_selective.vmem_bytes, *a.shape, chunk, dtype=x.dtype)
-    _serve("selective", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_selective.STEPS)
+    _refuse("selective", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_selective.STEPS)
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
     x, dt, b, c = (_empty(y, segments) for y in (x, dt, b, c))

@@ -181,12 +181,12 @@ def gated_linear_attention(
         raise ValueError(f"the state [B, H, K, V] of key {key.shape} and value {value.shape} is not {state.shape}")
     family = "outer" if bonus is None and getattr(log_decay, "ndim", 3) == 3 else "outer_keys"
     sizes = (key.shape[-1], value.shape[-1])
-    method = kernels.prefer(method, family, query, key, value, sizes=sizes, chunk=chunk, sequence_axis=sequence_axis)
-    if method == "pallas":
-        return kernels.outer(
-            query, key, value, log_decay, state,
-            segments=segments, chunk=chunk, bonus=bonus, sequence_axis=sequence_axis,
-        )  # fmt: skip
+    where: Any = {"chunk": chunk, "sequence_axis": sequence_axis}
+    given = (query, key, value, log_decay, state)
+    kernel = lambda: kernels.outer(*given, segments=segments, bonus=bonus, **where)
+    served = kernels.serve(method, family, kernel, query, key, value, sizes=sizes, **where)
+    if served is not None:
+        return served
     share = heads // groups
     split = lambda x: x.reshape(*x.shape[:2], groups, share, *x.shape[3:])
     inputs = Outer(query, key, split(value), None if log_decay is None else split(log_decay))

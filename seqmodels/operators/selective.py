@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,11 +108,11 @@ def selective_scan(
         raise ValueError(f"selective_scan takes {names}; not {given} and d {getattr(d, 'shape', None)}")
     if state is not None and state.shape != (batch, channels, size):
         raise ValueError(f"the state [B, D, N] of x {x.shape} and a {a.shape} is not {state.shape}")
-    method = kernels.prefer(
-        method, "selective", x, dt, b, c, sizes=(channels, size), chunk=chunk, sequence_axis=sequence_axis
-    )
-    if method == "pallas":
-        y, after = kernels.selective(x, dt, a, b, c, state, segments=segments, chunk=chunk, sequence_axis=sequence_axis)
+    where: Any = {"chunk": chunk, "sequence_axis": sequence_axis}
+    kernel = lambda: kernels.selective(x, dt, a, b, c, state, segments=segments, **where)
+    served = kernels.serve(method, "selective", kernel, x, dt, b, c, sizes=(channels, size), **where)
+    if served is not None:
+        y, after = served
     else:
         y, after = run_family(
             "selective",
