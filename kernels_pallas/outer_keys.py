@@ -94,7 +94,7 @@ def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[s
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     forward = 2 * (2 * keys + 2 * values) * item + 2 * 4 * keys + 5 * state + 4 * scores + 8 * 4 * keys
     backward = 2 * (2 * keys + 3 * values) * item + 2 * 4 * 4 * keys + 7 * state + 6 * scores + 12 * 4 * keys
-    spread = 4 * (keys + values)  # float32 products in three parts each, as compiled for a v5e
+    spread = 4 * (keys + values)  # a product of float32 takes three parts of each side
     return {"forward": forward + 4 * spread, "backward": backward + 14 * spread}
 
 

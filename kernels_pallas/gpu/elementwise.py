@@ -1,4 +1,4 @@
-"""Recurrences element by element on a GPU from Hopper on: tiles of steps that stream through shared memory.
+"""Recurrences element by element on Hopper GPUs: tiles of steps that stream through shared memory.
 
 A block of the grid is one warpgroup of 128 lanes, each of which owns a channel, through all steps of a row. The tiles
 of these channels come through a ring of slots in shared memory: copied in ahead of their turn, and results out

@@ -1,4 +1,4 @@
-"""`linear_scan` on a GPU from Hopper on: h_t = exp(g_t) h_{t-1} + x_t, element by element, real or complex.
+"""`linear_scan` on Hopper GPUs: h_t = exp(g_t) h_{t-1} + x_t, element by element, real or complex.
 
 Forward, a step at a time for the channel that a lane owns, where a_t is exp(g_t), or 0 at a document's start:
 

@@ -18,8 +18,7 @@ Why it should be fast; on paper, for it has not run on a GPU. States are not wri
 for states and one for outputs, as published kernels have them, write and read K V numbers a chunk and read keys and
 values twice: more than half of their traffic at K = V = 128, and traffic bounds both. Copies and products run while
 the chunk's gates are worked on; two programs of the output or dV share a processor where K <= 128. The price: only
-B H V/64 programs run, one chunk after the other: 32 heads of 128 keep 64 of an H100's 132 processors busy. Compiled
-for sm_90a, no register is spilled at sizes up to 128, and some 80 to 110 of a thread at 256.
+B H V/64 programs run, one chunk after the other: 32 heads of 128 keep 64 of an H100's 132 processors busy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`selective_scan` on a GPU from Hopper on: h_t = exp(dt_t A) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t (2312.00752).
+"""`selective_scan` on Hopper GPUs: h_t = exp(dt_t A) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t (2312.00752).
 
 A lane owns a channel with all N entries of its state, which are gone through one after the other: entry n of the state
 through the steps of a tile, with u_t = dt_t x_t, E_t = exp(dt_t A_n), or 0 at a document's start, and b_t, c_t scalars:
