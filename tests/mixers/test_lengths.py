@@ -1,4 +1,4 @@
-"""The slow tier: lengths around a chunk, against one token at a time; one of each kind is compiled in full."""
+"""The slow tier: lengths around a chunk, against one token at a time; some are compiled in full."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ AMPLIFIED = {"gla": 5}
 # takes these through every length, and `test_matrix` through every method and chunk at several lengths, types and
 # scales; the others, whose operators have tests of their own, through one length.
 FAMILIES = {"attention", "psm", "rg_lru", "gla", "kda", "mlstm"}
+OPTIMISED = {"rg_lru", "gla", "mlstm"}  # a vector, a matrix, a stabilised one; trees and delta rules compile long
 ODD = 65  # the length of the others: no chunk but the first divides it
 LENGTHS = (1, 64, ODD)
 LONGEST = max(LENGTHS)
@@ -57,7 +58,7 @@ def token_by_token(s: Subject, x: np.ndarray, segments: Segments, weights: Weigh
 @pytest.mark.parametrize(
     ("name", "length"),
     [
-        pytest.param(name, length, marks=[pytest.mark.optimised] if name in FAMILIES and length == ODD else [])
+        pytest.param(name, length, marks=[pytest.mark.optimised] if name in OPTIMISED else [])
         for name in CONFIGS
         for length in LENGTHS
         if length == ODD or name in FAMILIES
