@@ -12,7 +12,14 @@ import numpy as np
 
 from experiments.bench import by_hand
 from experiments.bench.case import Function, over_heads
-from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
+from seqmodels.operators import (
+    ExponentialState,
+    delta_rule,
+    diagonal_scan,
+    gated_linear_attention,
+    mlstm_scan,
+    selective_scan,
+)
 
 
 class Shape(NamedTuple):
@@ -48,9 +55,9 @@ SMALL = (Shape(2, 256, 2, 32), Shape(1, 256, 2, 32, documents=4))
 class Family:
     """A recurrence: what it takes, what the library calls it, and the loop over tokens that it is compared with.
 
-    `inputs(random, shape)` are arrays [B, T, ...], or parameters. `ours(*inputs, method=, segments=)` gives the output,
-    `loop` that of one document and head (or of a few channels), to which `piece(array, number of the input)` cuts
-    arrays [T, ...].
+    `inputs(random, shape)` are arrays [B, T, ...], or parameters. `ours(*inputs, method=, segments=)` gives the output
+    and the final states, `loop` the output of one document and head (or of a few channels), to which
+    `piece(array, number of the input)` cuts arrays [T, ...].
     """
 
     name: str
@@ -67,6 +74,9 @@ class Family:
     """Products of a key's by a value's size for each token and head."""
     exponentials: bool = False
     """Whether every token needs one for each channel (and entry of its state, where it has several)."""
+
+    of_states: Function = lambda states: states
+    """What is the same of final states, whatever an implementation scales them by."""
 
     def operations(self, shape: Shape) -> float:
         """Of the products with the state, forward: those inside a chunk, which a form may choose, are not counted."""
@@ -101,7 +111,17 @@ def _delta(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
 
 
 def _exponential(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
-    return (*_matrices(random, shape), random.standard_normal(shape[:3], np.float32), _gate(random, *shape[:3]))
+    """Queries and keys are positive, and input gates such that what the normaliser reads is above 1 in every other head
+    and below in the rest: gradients jump at 1, where rounding would decide between two that are right."""
+    query, key, value = _matrices(random, shape)
+    gate = np.where(np.arange(shape.heads) % 2, -3, 3) + random.standard_normal(shape[:3], np.float32) / 10
+    return np.abs(query), np.abs(key), value, gate.astype(np.float32), _gate(random, *shape[:3])
+
+
+def _unscaled(state: ExponentialState) -> tuple[Any, Any]:
+    """Normaliser and memory without the running maximum, which is another one in each form."""
+    scale = jnp.exp(state.log_max)[..., None]
+    return scale * state.normaliser, scale[..., None] * state.memory
 
 
 def _diagonal(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
@@ -118,20 +138,20 @@ def _selective(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, .
 
 _diagonal_loop = lambda *x: by_hand.diagonal(*(y[None] for y in x))[0]
 _associative = over_heads(by_hand.associative_outer)
-_outer = lambda *x, **options: gated_linear_attention(*x, **options)[0]
+_outer = lambda *x, **options: gated_linear_attention(*x, **options)
 _head = lambda x, number: x[:, 0]
 FAMILIES = (
     Family("outer, a decay per head", MATRICES, _scalar, _outer, by_hand.outer, _head, 4, _associative, products=2),
-    Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o)[0],
+    Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o),
            _diagonal_loop, lambda x, number: x[:, :8], 2, by_hand.associative_diagonal,
            ("auto", "sequential", "chunked"), exponentials=True),
     Family("outer, a decay per key", MATRICES, _keys, _outer, by_hand.outer, _head, 4, _associative, products=2,
            exponentials=True),
-    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], by_hand.delta, _head, 5,
+    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o), by_hand.delta, _head, 5,
            products=3),
-    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o)[0], by_hand.mlstm,
-           _head, 5, products=2),
-    Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o)[0],
+    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o), by_hand.mlstm,
+           _head, 5, products=2, of_states=_unscaled),
+    Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o),
            by_hand.selective, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
            methods=("auto", "chunked"), exponentials=True),
 )  # fmt: skip
@@ -153,6 +173,6 @@ def structs(family: Family, shape: Shape, kind: str) -> tuple[jax.ShapeDtypeStru
 
 
 def with_gradients(function: Function, count: int) -> Function:
-    """Gradients of the output's weighted sum; the last argument are the weights."""
-    weigh = lambda *x: jnp.sum(function(*x[:-1]).astype(jnp.float32) * x[-1])
+    """Gradients of the weighted sum of the first that `function` gives; the last argument are the weights."""
+    weigh = lambda *x: jnp.sum(function(*x[:-1])[0].astype(jnp.float32) * x[-1])
     return jax.grad(weigh, tuple(range(count)))

@@ -30,8 +30,10 @@ written over that of a copy, and exponentials, where every token needs one for e
 that of exponentials in registers. The largest counts, and is named. With gradients: the forward pass and gradients of
 all inputs; products and bytes are three times the forward ones, exponentials the same, which a backward pass may keep.
 Pairs are forward / with gradients. Peaks are what a compiled program needs, arguments included. Errors are on one head
-of the longest document, against a loop over tokens in float64, relative to an array's largest entry. Implementations
-are compared within one run alone, and a shape has the rows of the newest run that took it.
+of the longest document, against a loop over tokens in float64, relative to an array's largest entry. Differences are
+those of outputs, final states and gradients of all inputs from the first XLA form that passed, which has none itself,
+relative to the largest entry of their row and head. Implementations are compared within one run alone, and a shape has
+the rows of the newest run that took it.
 
 Runs:
 
@@ -166,7 +168,7 @@ def cells(row: Row) -> dict[str, str]:
         "times the floor": number("ratio", "{:.2f}"),
         "with gradients": number("ratio_forward_backward", "{:.2f}"),
         "peak MB": f"{row['peak_bytes'] / 1e6:,.0f}" if row.get("peak_bytes") else "",
-        "error": number("error", "{:.0e}"), "note": row.get("note", ""),
+        "error": number("error", "{:.0e}"), "difference": number("difference", "{:.0e}"), "note": row.get("note", ""),
     }  # fmt: skip
 
 

@@ -135,15 +135,20 @@ def largest_error(actual: Any, expected: Any) -> float:
     """The largest difference, array by array, relative to the array's largest entry."""
 
     def of(a: Any, b: Any) -> float:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        kind = np.complex128 if np.iscomplexobj(b) else np.float64
+        a, b = np.asarray(a, kind), np.asarray(b, kind)
         return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(b))), 1e-300))
 
-    return max(jax.tree.leaves(jax.tree.map(of, actual, expected)))
+    return float(np.max(jax.tree.leaves(jax.tree.map(of, actual, expected))))  # Python's max passes over a NaN
 
 
 def verify(name: str, actual: Any, expected: Any, tolerance: float) -> float:
     """The largest error; raises AssertionError where it is above `tolerance`, so that no wrong result is timed."""
-    error = largest_error(actual, expected)
+    return allowed(name, largest_error(actual, expected), tolerance)
+
+
+def allowed(name: str, error: float, tolerance: float) -> float:
+    """The error itself; raises AssertionError where it is above `tolerance`, or is no number."""
     if not error <= tolerance:
         raise AssertionError(f"{name} is off by {error:.1e} of its largest entry (allowed {tolerance:.0e}): not timed")
     return error

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import fla, kernels, kernels_cases, kernels_report, measure, memory
+from experiments.bench import by_hand, fla, kernels, kernels_cases, kernels_gate, kernels_report, measure, memory
 from experiments.bench.case import over_heads
 from experiments.bench.kernels_cases import FAMILIES, MATRICES, SMALL, Shape
 from experiments.bench.kernels_report import latest
@@ -50,7 +50,7 @@ def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     for row in timed:
         assert all(row[key] is not None for key in KEYS)
         assert row["ratio"] == pytest.approx(row["ms_forward"] / row["floor_ms"])
-        assert row["error"] < kernels.TOLERANCE["float32"]
+        assert row["error"] < kernels_gate.TOLERANCE["float32"]
         assert row["copy_gb_s"] == row["rates"]["copy"] / 1e9  # measured once
     assert {(row["family"], row["implementation"]) for row in rows if "note" in row} == {
         ("outer, a decay per head", "Pallas"),
@@ -85,12 +85,12 @@ def test_one_that_raises_costs_its_own_row_alone(
         raise ValueError("serves TPUs alone")
 
     def functions(*_: Any) -> dict[str, Any]:
-        return {"Pallas": compiling, "XLA other": refusing, "XLA auto": lambda *x: kernels_cases.diagonal_scan(*x)[0]}
+        return {"Pallas": compiling, "XLA other": refusing, "XLA auto": kernels_cases.diagonal_scan}
 
     monkeypatch.setattr(kernels, "_functions", functions)
     monkeypatch.setattr(kernels, "cases", lambda quick: [(FAMILIES[1], Shape(1, 16, 1, 8))])
     original = kernels._measured
-    peer = types.SimpleNamespace(inputs=lambda *x: x, made=running, loop=None)
+    peer = types.SimpleNamespace(inputs=lambda *x: x, made=running, to_ours=None)
     monkeypatch.setattr(kernels, "_measured", lambda *x: original(*x[:-1], {"peer": peer}))
     out = tmp_path / "rows.jsonl"
     with pytest.raises(SystemExit) as stopped:
@@ -110,7 +110,7 @@ def test_one_that_raises_costs_its_own_row_alone(
 def test_what_does_not_fit_is_left_out_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "there", lambda: 10_000.0)
     monkeypatch.setattr(kernels, "_arrays", lambda *_: pytest.fail("made"))
-    ours = {"XLA auto": lambda *x: kernels_cases.diagonal_scan(*x)[0]}
+    ours = {"XLA auto": kernels_cases.diagonal_scan}
     monkeypatch.setattr(kernels, "_functions", lambda *_: ours)
     rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 32), "float32", 0, {}))
     assert [(row["implementation"], row["note"]) for row in rows] == [
@@ -150,10 +150,11 @@ def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypa
 
     def off(*inputs: Any, **options: Any) -> Any:
         if wrong == "output":
-            return (1.01 * original(*inputs, **options)[0],)
+            out, states = original(*inputs, **options)
+            return 1.01 * out, states
         first, second, *rest = inputs
         bent = 1.01 * second - 0.01 * jax.lax.stop_gradient(second)  # the same value
-        return (original(first, bent, *rest, **options)[0],)
+        return original(first, bent, *rest, **options)
 
     shape = kernels_cases.QUICK.get(family.name, SMALL)[-1]
     good = list(kernels._measured(family, shape, "float32", 0, {}))
@@ -279,30 +280,36 @@ def test_peers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
         fla.implementations()
 
 
+def ssd(*arguments: Any) -> Any:
+    return over_heads(by_hand.outer)(*fla.ssd_to_ours(*arguments))
+
+
 def test_peers_are_verified_in_their_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that fails says so in a note, and one that computes something else is not timed."""
     monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
     monkeypatch.setattr(kernels, "rates", lambda kind: measure.Rates(1, 1))
-    monkeypatch.setattr(kernels, "_functions", lambda *_: {})
+    right = lambda *x: kernels_cases.gated_linear_attention(*x)
+    monkeypatch.setattr(kernels, "_functions", lambda *_: {"XLA chunked": right})
     scale = 1.0
 
     def made(peer: fla.Peer, inputs: Any, weights: Any, bounds: Any) -> fla.Made:
         if not scale:
             raise RuntimeError("out of shared memory")
-        out, back = jax.vjp(over_heads(fla.ssd_loop), *inputs)
+        out, back = jax.vjp(ssd, *inputs)
         return lambda: out, lambda: out, (out * scale, list(back(weights)))
 
     monkeypatch.setattr(fla.Peer, "made", made)
-    peers: dict[str, Any] = {peer.name: peer for peer in fla.PEERS if peer.loop is not None} | {"absent": "why"}
+    peers: dict[str, Any] = {peer.name: peer for peer in fla.PEERS if peer.to_ours is not None} | {"absent": "why"}
     take = lambda: list(kernels._measured(FAMILIES[0], Shape(1, 8, 1, 4), "float32", 0, peers))
-    good, absent = take()
+    _, good, absent = take()
     assert good["implementation"] == "mamba_ssm mamba_chunk_scan_combined"
     assert good["error"] < 1e-4
+    assert good["difference"] < 1e-4
     assert absent["note"] == "why"
     scale = 0.0
-    assert [row["note"] for row in take()] == ["why", "RuntimeError: out of shared memory"]
+    assert [row.get("note") for row in take()] == [None, "why", "RuntimeError: out of shared memory"]
     scale = 1.01
-    _, wrong = take()
+    *_, wrong = take()
     assert wrong["failed"]
     assert re.match(r"AssertionError: .*mamba_chunk_scan_combined is off by .* not timed", wrong["note"])
 
@@ -322,5 +329,5 @@ def test_ssd_computes_a_decay_per_head() -> None:
         expected = np.exp(decay[:, t])[..., None, None] * expected + np.einsum("bhk,bhv->bhkv", key[:, t], value[:, t])
         out = np.einsum("bhpn,bhn->bhp", state, c[:, t])
         np.testing.assert_allclose(out, np.einsum("bhk,bhkv->bhv", query[:, t], expected), rtol=1e-12, atol=1e-12)
-    loop = over_heads(fla.ssd_loop)(c, b, x, dt)
+    loop = ssd(c, b, x, dt)
     np.testing.assert_allclose(loop[:, -1], out, rtol=1e-12, atol=1e-12)
