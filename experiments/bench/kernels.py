@@ -53,7 +53,7 @@ def rows(
 def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: Mapping[str, Any]) -> Iterator[Row]:
     about = {"family": family.name, "shape": str(shape), "dtype": kind}
     given = structs(family, shape, kind)
-    out, states = jax.eval_shape(lambda *x: family.ours(*x, method="auto", segments=None), *given)
+    out, states = jax.eval_shape(functools.partial(family.xla, method="auto"), *given)
     weights = jax.ShapeDtypeStruct(out.shape, jnp.float32)
     notes: Notes = {}
     programs = _programs(_functions(family, shape), (*given, weights), size_of((out, states, given)), notes)
@@ -104,12 +104,13 @@ def _functions(family: Family, shape: Shape) -> dict[str, Function | str]:
     start = np.zeros((shape.batch, shape.length), bool)
     start[:, shape.starts()] = True
     segments = Segments(jnp.asarray(start), jnp.ones_like(start)) if shape.documents > 1 else None
-    ours = lambda method: lambda *x: family.ours(*x, method=method, segments=segments)
+    xla = lambda method: functools.partial(family.xla, method=method, segments=segments)
+    pallas = functools.partial(family.ours, method="pallas", segments=segments)
     on_cpu, cores = jax.default_backend() == "cpu", jax.device_count()
     kernels = jax.default_backend() == "tpu" or on_hopper()
     found: dict[str, Function | str] = {
-        "Pallas": ours("pallas") if kernels else "left out: needs a TPU or a Hopper GPU",
-        **{f"XLA {method}": ours(method) for method in family.methods},
+        "Pallas": pallas if kernels else "left out: needs a TPU or a Hopper GPU",
+        **{f"XLA {method}": xla(method) for method in family.methods},
     }
     if on_cpu and not family.products and shape.batch * shape.length * shape.size > SLOW:
         found["XLA chunked"] = "left out: without products a chunk form takes minutes on a CPU"
@@ -117,7 +118,7 @@ def _functions(family: Family, shape: Shape) -> dict[str, Function | str]:
         why = "there is one device" if cores == 1 else "takes no documents" if segments else ""
         why = why or (f"{shape.heads} heads on {cores} cores" if shape.heads % cores else "")
         sides = {"in_specs": HEADS, "out_specs": (HEADS, PartitionSpec(None, "heads"))}
-        spread = lambda: jax.shard_map(ours("chunked"), mesh=_mesh(), **sides)
+        spread = lambda: jax.shard_map(xla("chunked"), mesh=_mesh(), **sides)
         found[PER_CORE] = f"left out: {why}" if why else spread()
     if family.associative is not None:
         elements = 4.0 * shape.batch * shape.length * shape.heads * shape.size * (shape.size if family.products else 2)

@@ -20,6 +20,8 @@ from seqmodels.operators import (
     mlstm_scan,
     selective_scan,
 )
+from seqmodels.scan import auto
+from seqmodels.typing import Segments
 
 
 class Shape(NamedTuple):
@@ -77,6 +79,14 @@ class Family:
 
     of_states: Function = lambda states: states
     """What is the same of final states, whatever an implementation scales them by."""
+
+    def xla(self, *inputs: Any, method: str, segments: Segments | None = None) -> Any:
+        """`ours` in one of XLA's forms: "auto" takes no kernel here, whichever the table has."""
+        table, auto.KERNELS = auto.KERNELS, ()
+        try:
+            return self.ours(*inputs, method=method, segments=segments)
+        finally:
+            auto.KERNELS = table
 
     def operations(self, shape: Shape) -> float:
         """Of the products with the state, forward: those inside a chunk, which a form may choose, are not counted."""

@@ -18,7 +18,9 @@ from experiments.bench import by_hand, fla, kernels, kernels_cases, kernels_gate
 from experiments.bench.case import over_heads
 from experiments.bench.kernels_cases import FAMILIES, MATRICES, SMALL, Shape
 from experiments.bench.kernels_report import latest
-from experiments.bench.measure import Quartiles, Rates, Work
+from experiments.bench.measure import Compiled, Quartiles, Rates, Work
+from seqmodels.scan import auto
+from seqmodels.scan.auto import Rule
 
 KEYS = ("device", "family", "implementation", "shape", "ms_forward", "ms_forward_backward", "floor_ms")
 
@@ -130,6 +132,21 @@ def test_long_scans_on_a_cpu_say_what_they_leave_out() -> None:
     found = kernels._functions(FAMILIES[0], MATRICES[0])
     assert found["associative_scan"] == "left out: the states of all steps alone are 51.5 GB"
     assert callable(found[kernels.PER_CORE])
+
+
+def test_under_the_name_of_xla_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table of kernels says: a kernel raises here, where there is no device for it."""
+    table = tuple(Rule("pallas", device="cpu", family=family) for family in ("diagonal", "outer"))
+    monkeypatch.setattr(auto, "KERNELS", table)
+    with pytest.raises(ValueError, match="the kernel is for TPUs"):
+        kernels_cases.diagonal_scan(np.zeros((1, 8, 4), np.float32), np.zeros((1, 8, 4), np.float32))
+    few_turns(monkeypatch)
+    rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 8), "float32", 0, {}))
+    assert [row["implementation"] for row in rows if "note" not in row][:2] == ["XLA auto", "XLA sequential"]
+    monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:1])
+    monkeypatch.setattr(memory, "compiled", lambda function, *x: jax.eval_shape(function, *x) and Compiled(None, 1, 1))
+    assert len(list(memory.rows(quick=True, seed=0))) == 2
+    assert auto.KERNELS is table
 
 
 @pytest.mark.parametrize(
