@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.bench import memory
 from experiments.bench.case import Function, Row
-from experiments.bench.kernels_cases import Family, Shape, cases, structs, with_gradients
+from experiments.bench.kernels_cases import Family, Shape, cases, of_all_steps, structs, with_gradients
 from experiments.bench.kernels_gate import Alone, Gate, Results, loop_of, order
 from experiments.bench.measure import Compiled, Quartiles, Work, compiled, rates, side_by_side, size_of
 from seqmodels.operators.kernels import on_hopper
@@ -54,7 +54,7 @@ def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: Mapping
     about = {"family": family.name, "shape": str(shape), "dtype": kind}
     given = structs(family, shape, kind)
     out, states = jax.eval_shape(functools.partial(family.xla, method="auto"), *given)
-    weights = jax.ShapeDtypeStruct(out.shape, jnp.float32)
+    weights = jax.ShapeDtypeStruct(out.shape, jnp.promote_types(out.dtype, jnp.float32))
     notes: Notes = {}
     programs = _programs(_functions(family, shape), (*given, weights), size_of((out, states, given)), notes)
 
@@ -117,15 +117,23 @@ def _functions(family: Family, shape: Shape) -> dict[str, Function | str]:
     if on_cpu and family.products:
         why = "there is one device" if cores == 1 else "takes no documents" if segments else ""
         why = why or (f"{shape.heads} heads on {cores} cores" if shape.heads % cores else "")
-        sides = {"in_specs": HEADS, "out_specs": (HEADS, PartitionSpec(None, "heads"))}
-        spread = lambda: jax.shard_map(xla("chunked"), mesh=_mesh(), **sides)
+        spread = lambda: jax.shard_map(
+            xla("chunked"), mesh=_mesh(), in_specs=tuple(map(_spec, structs(family, shape, "float32"))),
+            out_specs=(HEADS, PartitionSpec(None, "heads")),
+        )  # fmt: skip
         found[PER_CORE] = f"left out: {why}" if why else spread()
-    if family.associative is not None:
-        elements = 4.0 * shape.batch * shape.length * shape.heads * shape.size * (shape.size if family.products else 2)
-        large = f"left out: the states of all steps alone are {elements / 1e9:.1f} GB" if elements > STATES else ""
-        alone = lambda *x: (family.associative(*x), None)
-        found["associative_scan"] = large or ("left out: takes no documents" if segments else alone)
+    found["associative_scan"] = _associative(family, shape)
     return found
+
+
+def _associative(family: Family, shape: Shape) -> Function | str:
+    """Without final states."""
+    held = of_all_steps(family, shape)
+    if family.associative is None:
+        return f"left out: needs K x K transitions of all steps and their products, {2 * held / 1e9:.1f} GB with states"
+    if held > STATES:
+        return f"left out: the states of all steps alone are {held / 1e9:.1f} GB"
+    return "left out: takes no documents" if shape.documents > 1 else lambda *x: (family.associative(*x), None)
 
 
 def _programs(
@@ -165,14 +173,19 @@ def _mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("heads",), axis_types=(AxisType.Auto,))
 
 
+def _spec(x: Any) -> PartitionSpec:
+    """Of [B, T, H, ...], or of parameters [H, K]."""
+    return HEADS if len(x.shape) > 2 else PartitionSpec("heads")
+
+
 def _placed(name: str, given: Sequence[Any]) -> tuple[Any, ...]:
     """Arrays, or their shapes, where an implementation takes them from."""
     if name != PER_CORE:
         return tuple(given)
-    place = NamedSharding(_mesh(), HEADS)
+    places = [NamedSharding(_mesh(), _spec(x)) for x in given]
     if isinstance(given[0], jax.ShapeDtypeStruct):
-        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in given)
-    return jax.device_put(tuple(given), place)
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to) for x, to in zip(given, places, strict=True))
+    return jax.device_put(tuple(given), tuple(places))
 
 
 def _ours(name: str, programs: tuple[Compiled, Compiled], inputs: Sequence[Any], weights: Any, bounds: Any) -> Any:
@@ -192,7 +205,10 @@ def _arrays(family: Family, shape: Shape, given: Sequence[Any], weights: Any, se
     """The inputs, and weights of the output."""
     random = np.random.default_rng(seed)
     inputs = (jnp.asarray(x, to.dtype) for x, to in zip(family.inputs(random, shape), given, strict=True))
-    return (*inputs, jnp.asarray(random.standard_normal(weights.shape, np.float32)))
+    weigh = random.standard_normal(weights.shape, np.float32)
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        weigh = weigh + 1j * random.standard_normal(weights.shape, np.float32)
+    return (*inputs, jnp.asarray(weigh, weights.dtype))
 
 
 def _runs(

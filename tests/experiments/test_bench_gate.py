@@ -94,13 +94,16 @@ def test_states_of_every_family(family: kernels_cases.Family, monkeypatch: pytes
     ids=lambda value: getattr(value, "name", value),
 )
 def test_forms_that_are_right_pass(family: kernels_cases.Family, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another order of the sums, and for matrices another chunk."""
+    """Another order of the sums, another chunk, and what is written by hand."""
     shape = kernels_cases.QUICK.get(family.name, (Shape(2, 150, 3, 16),))[0]
     token = lambda *x: family.ours(*x, method="sequential", segments=None)
     other = lambda *x: family.ours(*x, method="chunked", segments=None, chunk=16)
-    rows = rows_of(monkeypatch, {"token": token, "other": other, "XLA chunked": xla(family)}, family, shape, kind)
+    functions = {"token": token, "other": other, "XLA chunked": xla(family)}
+    if family.associative is not None:
+        functions["associative"] = lambda *x: (family.associative(*x), None)
+    rows = rows_of(monkeypatch, functions, family, shape, kind)
     assert rows["XLA chunked"]["difference"] is None
-    for name in ("token", "other"):
+    for name in functions.keys() - {"XLA chunked"}:
         assert rows[name]["difference"] < kernels_gate.ALIKE[kind] / 2
 
 

@@ -42,7 +42,7 @@ def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few_turns(monkeypatch)
     out = tmp_path / "cpu.jsonl"
-    bench.main(["kernels", "--quick", "--shapes", "diagonal", "head 1x256", "--out", str(out)])
+    bench.main(["kernels", "--quick", "--shapes", "diagonal 2x256", "head 1x256", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     timed = [row for row in rows if "note" not in row]
     assert [(row["family"], row["implementation"]) for row in timed] == [
@@ -132,6 +132,13 @@ def test_long_scans_on_a_cpu_say_what_they_leave_out() -> None:
     found = kernels._functions(FAMILIES[0], MATRICES[0])
     assert found["associative_scan"] == "left out: the states of all steps alone are 51.5 GB"
     assert callable(found[kernels.PER_CORE])
+    (delta,) = (family for family in FAMILIES if family.name == "delta, gated")
+    assert kernels._functions(delta, MATRICES[3])["associative_scan"] == (
+        "left out: needs K x K transitions of all steps and their products, 2.1 GB with states"
+    )
+    assert kernels._functions(FAMILIES[-1], FAMILIES[-1].shapes[0])["associative_scan"] == (
+        "left out: the states of all steps alone are 2.1 GB"
+    )
 
 
 def test_under_the_name_of_xla_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +168,9 @@ def test_under_the_name_of_xla_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off by one in a hundred, in the output or in the gradient of the second input alone."""
     monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
-    name = {"outer": "gated_linear_attention", "delta, gated": "delta_rule", "exponential": "mlstm_scan"}
-    function = name.get(family.name.split(",")[0]) or name.get(family.name) or f"{family.name}_scan"
+    kind = family.name.split(",")[0]
+    names = {"outer": "gated_linear_attention", "delta": "delta_rule", "exponential": "mlstm_scan"}
+    function = names.get(kind, f"{kind}_scan")
     original = getattr(kernels_cases, function)
 
     def off(*inputs: Any, **options: Any) -> Any:
@@ -239,7 +247,8 @@ def test_shapes_are_known_before_inputs_are_made(family: kernels_cases.Family, k
     made = family.inputs(np.random.default_rng(0), shape)
     found = kernels_cases.structs(family, shape, kind)
     assert [x.shape for x in found] == [x.shape for x in made]
-    assert [x.dtype == kind for x in found[:3]] == [bool(family.products) or kind == "float32"] * len(found[:3])
+    own = kind if family.products else "complex64" if "complex" in family.name else "float32"
+    assert [x.dtype for x in found] == [own] * len(found[:3]) + ["float32"] * len(found[3:])
 
 
 def test_memory_a_token() -> None:
