@@ -1,6 +1,6 @@
-"""The hot scans at the shapes of real models, against floors: what the machine needs for the products, for the bytes,
-and for the exponentials. Every implementation passes `kernels_gate` first. What is left out or fails has a row with a
-`note`, and the others go on."""
+"""The hot scans at the shapes of real models, against two floors: what the machine needs for the products, and for the
+bytes. Every implementation passes `kernels_gate` first. What is left out or fails has a row with a `note`, and the
+others go on."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def rows(
         told = "; ".join(f"{family.name} {shape}" for family, shape in found)
         raise ValueError(f"no shape contains any of {', '.join(shapes)}: there are {told}")
     memory.there()  # before anything is taken
+    rates(kind)  # some gigabytes on an accelerator
     for family, shape in chosen:
         yield from _measured(family, shape, kind, seed, {} if others is None else others.get(family.name, {}))
 
@@ -229,15 +230,15 @@ def _runs(
 
 def _row(work: Work, kind: str, forward: Quartiles, both: Quartiles) -> Row:
     machine = rates(kind)
-    # The backward pass reads inputs and cotangents and writes gradients; its products are twice the forward ones. It
-    # may keep the exponentials.
-    floors = machine.floors(work), machine.floors(Work(3 * work.moved, 3 * work.operations, work.exponentials))
+    # the backward pass reads inputs and cotangents and writes gradients; its products are twice the forward ones
+    floors = machine.floors(work), machine.floors(Work(3 * work.moved, 3 * work.operations))
     least, times = [max(found.values()) for found in floors], [forward.median, both.median]
     per_second = lambda amount: [n * amount / t for n, t in zip((1, 3), times, strict=True)]
     return {
         "ms_forward": 1e3 * times[0], "ms_forward_backward": 1e3 * times[1],
         "floor_ms": 1e3 * least[0], "floor_ms_forward_backward": 1e3 * least[1],
         "ratio": times[0] / least[0], "ratio_forward_backward": times[1] / least[1],
+        "exponentials_ms": 1e3 * machine.exponentials(work) if work.exponentials else None,
         "shares": {name: [found[name] / t for found, t in zip(floors, times, strict=True)] for name in floors[0]},
         "tflops": [rate / 1e12 for rate in per_second(work.operations)] if work.operations else None,
         "gb_per_s": [rate / 1e9 for rate in per_second(work.moved)],

@@ -53,6 +53,10 @@ def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert all(row[key] is not None for key in KEYS)
         assert row["ratio"] == pytest.approx(row["ms_forward"] / row["floor_ms"])
         assert row["error"] < kernels_gate.TOLERANCE["float32"]
+        assert (row["difference"] is None) == (row["implementation"] == "XLA chunked")
+        assert row["floor_ms"] == pytest.approx(max(share[0] for share in row["shares"].values()) * row["ms_forward"])
+        assert (row["exponentials_ms"] is not None) == (row["family"] == "diagonal")
+        assert set(row["shares"]) == {"copy"} | ({"product"} if row["family"] != "diagonal" else set())
         assert row["copy_gb_s"] == row["rates"]["copy"] / 1e9  # measured once
     assert {(row["family"], row["implementation"]) for row in rows if "note" in row} == {
         ("outer, a decay per head", "Pallas"),
@@ -226,13 +230,34 @@ def test_a_row_without_products_has_no_rate_of_them() -> None:
     assert [kernels_report.percent(x) for x in (0.372, 0.246, 0.0023)] == ["37 %", "24.6 %", "0.23 %"]
 
 
-def test_the_floor_of_exponentials() -> None:
+def test_exponentials_are_no_floor() -> None:
     family = FAMILIES[-1]
     assert family.taken(family.shapes[0]) == 4096 * 4096 * 16
     assert FAMILIES[0].taken(MATRICES[0]) == 0
-    machine = Rates(copy=10, product=100, exponential=2)
-    assert machine.floors(Work(20, 0, 8)) == {"copy": 2, "exponential": 4}
-    assert machine.share(Work(20, 0, 8), 8) == 0.5
+    machine, work = Rates(copy=10, product=100, exponential=2), Work(20, 0, 8)
+    assert machine.floors(work) == {"copy": 2}
+    assert machine.exponentials(work) == 4
+    assert machine.share(work, 8) == 0.25
+
+
+def test_rows_from_when_exponentials_were_a_floor_are_read(tmp_path: Path) -> None:
+    """4 ms forward and 8 with gradients, a floor of 3 ms of exponentials and one of 1 and 4 ms of bytes."""
+    shares = {"copy": [0.25, 0.5], "exponential": [0.75, 0.375]}
+    row = row_of("XLA auto", "1", 4.0, shares=shares, floor_ms=3.0, floor_ms_forward_backward=4.0, ratio=4 / 3)
+    expected = {"floor_ms": 1.0, "floor_ms_forward_backward": 4.0, "ratio": 4.0, "ratio_forward_backward": 2.0}
+    found = kernels_report.two_floors(row)
+    assert {name: found[name] for name in expected} == expected
+    assert found["exponentials_ms"] == 3
+    assert found["shares"] == {"copy": [0.25, 0.5]}
+    assert kernels_report.two_floors(found) == found
+    assert kernels_report.cells(found)["exponentials ms"] == "3"
+    (told,) = kernels_report.verdicts([found])
+    assert told.endswith("25.0 % and 50 % of a copy's rate, exponentials alone are 75 % of its forward time")
+    committed = Path(kernels_report.__file__).parents[1] / "results" / "kernels" / "cpu.jsonl"
+    copied = tmp_path / "cpu.jsonl"
+    copied.write_text(committed.read_text())
+    kernels_report.write(copied)
+    assert "| exponentials ms |" in copied.with_suffix(".md").read_text()
 
 
 def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
