@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import by_hand
 from experiments.bench.case import Function
 
 Made = tuple[Callable[[], Any], Callable[[], Any], tuple[Any, list[Any]]]
@@ -23,7 +22,7 @@ class Peer(NamedTuple):
     """A kernel for a family of ours.
 
     It takes `inputs(*ours)` as arguments called `names`, in this order, and `options(documents' bounds, the first of
-    the inputs)`. `loop` over tokens is what it is compared with where `inputs` are not ours.
+    the inputs)`. Where `inputs` are not ours, `to_ours(*inputs)` makes them so again.
     """
 
     family: str
@@ -32,7 +31,7 @@ class Peer(NamedTuple):
     names: tuple[str, ...]
     options: Callable[[np.ndarray, Any], dict[str, Any]]
     inputs: Function = lambda *ours: ours
-    loop: Function | None = None
+    to_ours: Function | None = None
 
     @property
     def name(self) -> str:
@@ -74,8 +73,8 @@ def ssd_inputs(query: Any, key: Any, value: Any, log_decay: Any) -> tuple[Any, A
     return query, key, jnp.asarray(value / dt[..., None], value.dtype), dt
 
 
-def ssd_loop(c: Any, b: Any, x: Any, dt: Any) -> Any:
-    return by_hand.outer(c, b, dt[:, None] * x, -dt)
+def ssd_to_ours(c: Any, b: Any, x: Any, dt: Any) -> tuple[Any, Any, Any, Any]:
+    return c, b, dt[..., None] * x, -dt
 
 
 def _fla_options(bounds: np.ndarray, query: Any) -> dict[str, Any]:
@@ -100,7 +99,7 @@ _fla = lambda family, module, function, *names: Peer(family, f"fla.ops.{module}"
 PEERS = (
     _fla("outer, a decay per head", "simple_gla", "chunk_simple_gla", "q", "k", "v", "g"),
     Peer("outer, a decay per head", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined",
-         ("C", "B", "x", "dt"), _ssd_options, ssd_inputs, ssd_loop),
+         ("C", "B", "x", "dt"), _ssd_options, ssd_inputs, ssd_to_ours),
     Peer("diagonal", "fla.ops.hgrn", "chunk_hgrn", ("g", "x"), lambda bounds, decay: {}),
     _fla("outer, a decay per key", "gla", "chunk_gla", "q", "k", "v", "g"),
     _fla("delta, gated", "gated_delta_rule", "chunk_gated_delta_rule", "q", "k", "v", "beta", "g"),

@@ -12,7 +12,16 @@ import numpy as np
 
 from experiments.bench import by_hand
 from experiments.bench.case import Function, over_heads
-from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, mlstm_scan, selective_scan
+from seqmodels.operators import (
+    ExponentialState,
+    delta_rule,
+    diagonal_scan,
+    gated_linear_attention,
+    mlstm_scan,
+    selective_scan,
+)
+from seqmodels.scan import auto
+from seqmodels.typing import Segments
 
 
 class Shape(NamedTuple):
@@ -48,9 +57,9 @@ SMALL = (Shape(2, 256, 2, 32), Shape(1, 256, 2, 32, documents=4))
 class Family:
     """A recurrence: what it takes, what the library calls it, and the loop over tokens that it is compared with.
 
-    `inputs(random, shape)` are arrays [B, T, ...], or parameters. `ours(*inputs, method=, segments=)` gives the output,
-    `loop` that of one document and head (or of a few channels), to which `piece(array, number of the input)` cuts
-    arrays [T, ...].
+    `inputs(random, shape)` are arrays [B, T, ...], or parameters. `ours(*inputs, method=, segments=)` gives the output
+    and the final states, `loop` the output of one document and head (or of a few channels), to which
+    `piece(array, number of the input)` cuts arrays [T, ...].
     """
 
     name: str
@@ -68,12 +77,23 @@ class Family:
     exponentials: bool = False
     """Whether every token needs one for each channel (and entry of its state, where it has several)."""
 
+    of_states: Function = lambda states: states
+    """What is the same of final states, whatever an implementation scales them by."""
+
+    def xla(self, *inputs: Any, method: str, segments: Segments | None = None) -> Any:
+        """`ours` in one of XLA's forms: "auto" takes no kernel here, whichever the table has."""
+        table, auto.KERNELS = auto.KERNELS, ()
+        try:
+            return self.ours(*inputs, method=method, segments=segments)
+        finally:
+            auto.KERNELS = table
+
     def operations(self, shape: Shape) -> float:
         """Of the products with the state, forward: those inside a chunk, which a form may choose, are not counted."""
         return 2.0 * self.products * shape.batch * shape.length * shape.heads * shape.size**2
 
     def taken(self, shape: Shape) -> float:
-        """Exponentials, forward; those of a decay per head are too few to count."""
+        """Exponentials, forward; those of a decay per head are too few to count, one of a complex number is one."""
         return float(self.exponentials * shape.batch * shape.length * shape.heads * shape.size * max(shape.state, 1))
 
 
@@ -100,13 +120,38 @@ def _delta(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
     return query, key / np.linalg.norm(key, axis=-1, keepdims=True), value, beta, _gate(random, *shape[:3])
 
 
+def _bonus(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_keys(random, shape), random.standard_normal((shape.heads, shape.size), np.float32))
+
+
+def _delta_keys(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_delta(random, shape)[:4], _gate(random, *shape[:4]))
+
+
 def _exponential(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
-    return (*_matrices(random, shape), random.standard_normal(shape[:3], np.float32), _gate(random, *shape[:3]))
+    """Queries and keys are positive, and input gates such that what the normaliser reads is above 1 in every other head
+    and below in the rest: gradients jump at 1, where rounding would decide between two that are right."""
+    query, key, value = _matrices(random, shape)
+    gate = np.where(np.arange(shape.heads) % 2, -3, 3) + random.standard_normal(shape[:3], np.float32) / 10
+    return np.abs(query), np.abs(key), value, gate.astype(np.float32), _gate(random, *shape[:3])
+
+
+def _unscaled(state: ExponentialState) -> tuple[Any, Any]:
+    """Normaliser and memory without the running maximum, which is another one in each form."""
+    scale = jnp.exp(state.log_max)[..., None]
+    return scale * state.normaliser, scale[..., None] * state.memory
 
 
 def _diagonal(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
     sizes = (shape.batch, shape.length, shape.size)
     return _gate(random, *sizes), random.standard_normal(sizes, np.float32)
+
+
+def _complex(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    """Decays turn by any angle."""
+    log_decay, drive = _diagonal(random, shape)
+    other = lambda: random.standard_normal(drive.shape, np.float32)
+    return (log_decay + 1j * other()).astype(np.complex64), (drive + 1j * other()).astype(np.complex64)
 
 
 def _selective(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
@@ -118,24 +163,35 @@ def _selective(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, .
 
 _diagonal_loop = lambda *x: by_hand.diagonal(*(y[None] for y in x))[0]
 _associative = over_heads(by_hand.associative_outer)
-_outer = lambda *x, **options: gated_linear_attention(*x, **options)[0]
+_outer = lambda *x, **options: gated_linear_attention(*x, **options)
+_delta_rule = lambda *x, **options: delta_rule(*x, **options)
+_scan = lambda *x, **options: diagonal_scan(*x, **options)
 _head = lambda x, number: x[:, 0]
+_few = lambda x, number: x[:, :8]
 FAMILIES = (
     Family("outer, a decay per head", MATRICES, _scalar, _outer, by_hand.outer, _head, 4, _associative, products=2),
-    Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, lambda *x, **o: diagonal_scan(*x, **o)[0],
-           _diagonal_loop, lambda x, number: x[:, :8], 2, by_hand.associative_diagonal,
-           ("auto", "sequential", "chunked"), exponentials=True),
+    Family("diagonal", (Shape(8, 8192, 1, 4096),), _diagonal, _scan, _diagonal_loop, _few, 2,
+           by_hand.associative_diagonal, ("auto", "sequential", "chunked"), exponentials=True),
+    Family("diagonal, complex", (Shape(8, 8192, 1, 4096),), _complex, _scan, _diagonal_loop, _few, 2,
+           by_hand.associative_diagonal, ("auto", "sequential", "chunked"), exponentials=True),
     Family("outer, a decay per key", MATRICES, _keys, _outer, by_hand.outer, _head, 4, _associative, products=2,
            exponentials=True),
-    Family("delta, gated", MATRICES, _delta, lambda *x, **o: delta_rule(*x, **o)[0], by_hand.delta, _head, 5,
-           products=3),
-    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o)[0], by_hand.mlstm,
-           _head, 5, products=2),
-    Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o)[0],
+    Family("outer, a decay per key, a bonus", MATRICES, _bonus,
+           lambda *x, **o: gated_linear_attention(*x[:4], bonus=x[4], **o), by_hand.bonus,
+           lambda x, number: x[0] if number == 4 else x[:, 0], 4,
+           lambda *x: over_heads(by_hand.associative_bonus)(*x[:4], jnp.broadcast_to(x[4], x[1].shape)), products=2,
+           exponentials=True),
+    Family("delta, gated", MATRICES, _delta, _delta_rule, by_hand.delta, _head, 5, products=3),
+    Family("delta, a decay per key", MATRICES, _delta_keys, _delta_rule, by_hand.delta, _head, 5, products=3,
+           exponentials=True),
+    Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o), by_hand.mlstm, _head, 5,
+           over_heads(by_hand.associative_mlstm), products=2, of_states=_unscaled),
+    Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o),
            by_hand.selective, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
-           methods=("auto", "chunked"), exponentials=True),
+           by_hand.associative_selective, ("auto", "chunked"), exponentials=True),
 )  # fmt: skip
-QUICK = {"diagonal": (Shape(2, 256, 1, 32),), "selective": (Shape(1, 256, 1, 32, state=4),)}
+QUICK = {name: (Shape(2, 256, 1, 32),) for name in ("diagonal", "diagonal, complex")}
+QUICK |= {"selective": (Shape(1, 256, 1, 32, state=4),)}
 
 
 def cases(*, quick: bool) -> list[tuple[Family, Shape]]:
@@ -146,13 +202,20 @@ def cases(*, quick: bool) -> list[tuple[Family, Shape]]:
 def structs(family: Family, shape: Shape, kind: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes and types of the inputs, without making them; gates and parameters are float32 in any case."""
     one = shape._replace(batch=1, length=1, documents=1)
-    sizes = (x.shape for x in family.inputs(np.random.default_rng(0), one))
-    long = (shape[:2] + size[2:] if size[:2] == (1, 1) else size for size in sizes)
-    kinds = lambda number: kind if family.products and number < 3 else "float32"
-    return tuple(jax.ShapeDtypeStruct(size, kinds(number)) for number, size in enumerate(long))
+    made = family.inputs(np.random.default_rng(0), one)
+    size = lambda x: shape[:2] + x.shape[2:] if x.shape[:2] == (1, 1) else x.shape
+    kinds = [kind if family.products and number < 3 else x.dtype for number, x in enumerate(made)]
+    return tuple(jax.ShapeDtypeStruct(size(x), to) for x, to in zip(made, kinds, strict=True))
+
+
+def of_all_steps(family: Family, shape: Shape) -> float:
+    """Bytes of the elements of an associative scan."""
+    itemsize = structs(family, shape, "float32")[-1].dtype.itemsize
+    entries = shape.size if family.products else 2 * max(shape.state, 1)
+    return float(itemsize) * shape.batch * shape.length * shape.heads * shape.size * entries
 
 
 def with_gradients(function: Function, count: int) -> Function:
-    """Gradients of the output's weighted sum; the last argument are the weights."""
-    weigh = lambda *x: jnp.sum(function(*x[:-1]).astype(jnp.float32) * x[-1])
+    """Gradients of the weighted sum of the first that `function` gives; the last argument are the weights."""
+    weigh = lambda *x: jnp.sum((function(*x[:-1])[0].astype(x[-1].dtype) * x[-1]).real)
     return jax.grad(weigh, tuple(range(count)))

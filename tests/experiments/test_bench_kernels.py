@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import fla, kernels, kernels_cases, kernels_report, measure, memory
-from experiments.bench.case import over_heads
+from experiments.bench import kernels, kernels_cases, kernels_gate, kernels_report, measure, memory
 from experiments.bench.kernels_cases import FAMILIES, MATRICES, SMALL, Shape
 from experiments.bench.kernels_report import latest
-from experiments.bench.measure import Quartiles, Rates, Work
+from experiments.bench.measure import Compiled, Quartiles, Rates, Work
+from seqmodels.scan import auto
+from seqmodels.scan.auto import Rule
 
 KEYS = ("device", "family", "implementation", "shape", "ms_forward", "ms_forward_backward", "floor_ms")
 
@@ -40,7 +40,7 @@ def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few_turns(monkeypatch)
     out = tmp_path / "cpu.jsonl"
-    bench.main(["kernels", "--quick", "--shapes", "diagonal", "head 1x256", "--out", str(out)])
+    bench.main(["kernels", "--quick", "--shapes", "diagonal 2x256", "head 1x256", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     timed = [row for row in rows if "note" not in row]
     assert [(row["family"], row["implementation"]) for row in timed] == [
@@ -50,7 +50,11 @@ def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     for row in timed:
         assert all(row[key] is not None for key in KEYS)
         assert row["ratio"] == pytest.approx(row["ms_forward"] / row["floor_ms"])
-        assert row["error"] < kernels.TOLERANCE["float32"]
+        assert row["error"] < kernels_gate.TOLERANCE["float32"]
+        assert (row["difference"] is None) == (row["implementation"] == "XLA chunked")
+        assert row["floor_ms"] == pytest.approx(max(share[0] for share in row["shares"].values()) * row["ms_forward"])
+        assert (row["exponentials_ms"] is not None) == (row["family"] == "diagonal")
+        assert set(row["shares"]) == {"copy"} | ({"product"} if row["family"] != "diagonal" else set())
         assert row["copy_gb_s"] == row["rates"]["copy"] / 1e9  # measured once
     assert {(row["family"], row["implementation"]) for row in rows if "note" in row} == {
         ("outer, a decay per head", "Pallas"),
@@ -85,12 +89,12 @@ def test_one_that_raises_costs_its_own_row_alone(
         raise ValueError("serves TPUs alone")
 
     def functions(*_: Any) -> dict[str, Any]:
-        return {"Pallas": compiling, "XLA other": refusing, "XLA auto": lambda *x: kernels_cases.diagonal_scan(*x)[0]}
+        return {"Pallas": compiling, "XLA other": refusing, "XLA auto": kernels_cases.diagonal_scan}
 
     monkeypatch.setattr(kernels, "_functions", functions)
     monkeypatch.setattr(kernels, "cases", lambda quick: [(FAMILIES[1], Shape(1, 16, 1, 8))])
     original = kernels._measured
-    peer = types.SimpleNamespace(inputs=lambda *x: x, made=running, loop=None)
+    peer = types.SimpleNamespace(inputs=lambda *x: x, made=running, to_ours=None)
     monkeypatch.setattr(kernels, "_measured", lambda *x: original(*x[:-1], {"peer": peer}))
     out = tmp_path / "rows.jsonl"
     with pytest.raises(SystemExit) as stopped:
@@ -110,7 +114,7 @@ def test_one_that_raises_costs_its_own_row_alone(
 def test_what_does_not_fit_is_left_out_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "there", lambda: 10_000.0)
     monkeypatch.setattr(kernels, "_arrays", lambda *_: pytest.fail("made"))
-    ours = {"XLA auto": lambda *x: kernels_cases.diagonal_scan(*x)[0]}
+    ours = {"XLA auto": kernels_cases.diagonal_scan}
     monkeypatch.setattr(kernels, "_functions", lambda *_: ours)
     rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 32), "float32", 0, {}))
     assert [(row["implementation"], row["note"]) for row in rows] == [
@@ -130,6 +134,28 @@ def test_long_scans_on_a_cpu_say_what_they_leave_out() -> None:
     found = kernels._functions(FAMILIES[0], MATRICES[0])
     assert found["associative_scan"] == "left out: the states of all steps alone are 51.5 GB"
     assert callable(found[kernels.PER_CORE])
+    (delta,) = (family for family in FAMILIES if family.name == "delta, gated")
+    assert kernels._functions(delta, MATRICES[3])["associative_scan"] == (
+        "left out: needs K x K transitions of all steps and their products, 2.1 GB with states"
+    )
+    assert kernels._functions(FAMILIES[-1], FAMILIES[-1].shapes[0])["associative_scan"] == (
+        "left out: the states of all steps alone are 2.1 GB"
+    )
+
+
+def test_under_the_name_of_xla_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table of kernels says: a kernel raises here, where there is no device for it."""
+    table = tuple(Rule("pallas", device="cpu", family=family) for family in ("diagonal", "outer"))
+    monkeypatch.setattr(auto, "KERNELS", table)
+    with pytest.raises(ValueError, match="the kernel is for TPUs"):
+        kernels_cases.diagonal_scan(np.zeros((1, 8, 4), np.float32), np.zeros((1, 8, 4), np.float32))
+    few_turns(monkeypatch)
+    rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 8), "float32", 0, {}))
+    assert [row["implementation"] for row in rows if "note" not in row][:2] == ["XLA auto", "XLA sequential"]
+    monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:1])
+    monkeypatch.setattr(memory, "compiled", lambda function, *x: jax.eval_shape(function, *x) and Compiled(None, 1, 1))
+    assert len(list(memory.rows(quick=True, seed=0))) == 2
+    assert auto.KERNELS is table
 
 
 @pytest.mark.parametrize(
@@ -144,16 +170,18 @@ def test_long_scans_on_a_cpu_say_what_they_leave_out() -> None:
 def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off by one in a hundred, in the output or in the gradient of the second input alone."""
     monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
-    name = {"outer": "gated_linear_attention", "delta, gated": "delta_rule", "exponential": "mlstm_scan"}
-    function = name.get(family.name.split(",")[0]) or name.get(family.name) or f"{family.name}_scan"
+    kind = family.name.split(",")[0]
+    names = {"outer": "gated_linear_attention", "delta": "delta_rule", "exponential": "mlstm_scan"}
+    function = names.get(kind, f"{kind}_scan")
     original = getattr(kernels_cases, function)
 
     def off(*inputs: Any, **options: Any) -> Any:
         if wrong == "output":
-            return (1.01 * original(*inputs, **options)[0],)
+            out, states = original(*inputs, **options)
+            return 1.01 * out, states
         first, second, *rest = inputs
         bent = 1.01 * second - 0.01 * jax.lax.stop_gradient(second)  # the same value
-        return (original(first, bent, *rest, **options)[0],)
+        return original(first, bent, *rest, **options)
 
     shape = kernels_cases.QUICK.get(family.name, SMALL)[-1]
     good = list(kernels._measured(family, shape, "float32", 0, {}))
@@ -200,13 +228,34 @@ def test_a_row_without_products_has_no_rate_of_them() -> None:
     assert [kernels_report.percent(x) for x in (0.372, 0.246, 0.0023)] == ["37 %", "24.6 %", "0.23 %"]
 
 
-def test_the_floor_of_exponentials() -> None:
+def test_exponentials_are_no_floor() -> None:
     family = FAMILIES[-1]
     assert family.taken(family.shapes[0]) == 4096 * 4096 * 16
     assert FAMILIES[0].taken(MATRICES[0]) == 0
-    machine = Rates(copy=10, product=100, exponential=2)
-    assert machine.floors(Work(20, 0, 8)) == {"copy": 2, "exponential": 4}
-    assert machine.share(Work(20, 0, 8), 8) == 0.5
+    machine, work = Rates(copy=10, product=100, exponential=2), Work(20, 0, 8)
+    assert machine.floors(work) == {"copy": 2}
+    assert machine.exponentials(work) == 4
+    assert machine.share(work, 8) == 0.25
+
+
+def test_rows_from_when_exponentials_were_a_floor_are_read(tmp_path: Path) -> None:
+    """4 ms forward and 8 with gradients, a floor of 3 ms of exponentials and one of 1 and 4 ms of bytes."""
+    shares = {"copy": [0.25, 0.5], "exponential": [0.75, 0.375]}
+    row = row_of("XLA auto", "1", 4.0, shares=shares, floor_ms=3.0, floor_ms_forward_backward=4.0, ratio=4 / 3)
+    expected = {"floor_ms": 1.0, "floor_ms_forward_backward": 4.0, "ratio": 4.0, "ratio_forward_backward": 2.0}
+    found = kernels_report.two_floors(row)
+    assert {name: found[name] for name in expected} == expected
+    assert found["exponentials_ms"] == 3
+    assert found["shares"] == {"copy": [0.25, 0.5]}
+    assert kernels_report.two_floors(found) == found
+    assert kernels_report.cells(found)["exponentials ms"] == "3"
+    (told,) = kernels_report.verdicts([found])
+    assert told.endswith("25.0 % and 50 % of a copy's rate, exponentials alone are 75 % of its forward time")
+    committed = Path(kernels_report.__file__).parents[1] / "results" / "kernels" / "cpu.jsonl"
+    copied = tmp_path / "cpu.jsonl"
+    copied.write_text(committed.read_text())
+    kernels_report.write(copied)
+    assert "| exponentials ms |" in copied.with_suffix(".md").read_text()
 
 
 def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +270,8 @@ def test_shapes_are_known_before_inputs_are_made(family: kernels_cases.Family, k
     made = family.inputs(np.random.default_rng(0), shape)
     found = kernels_cases.structs(family, shape, kind)
     assert [x.shape for x in found] == [x.shape for x in made]
-    assert [x.dtype == kind for x in found[:3]] == [bool(family.products) or kind == "float32"] * len(found[:3])
+    own = kind if family.products else "complex64" if "complex" in family.name else "float32"
+    assert [x.dtype for x in found] == [own] * len(found[:3]) + ["float32"] * len(found[3:])
 
 
 def test_memory_a_token() -> None:
@@ -239,88 +289,6 @@ def test_memory_is_compiled_for_each_length(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows[0]["peak_bytes"] < rows[1]["peak_bytes"]
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors() -> None:
     with pytest.raises(ValueError, match=r"no shape contains any of 7x7: there are outer, a decay per head 1x8192x96"):
         next(kernels.rows(quick=False, seed=0, shapes=("7x7",)))
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"--peer fla: torch .* cannot be imported: pip install torch .*mamba-ssm"):
-        next(kernels.rows(quick=True, seed=0, peer="fla"))
-
-
-def _modules(monkeypatch: pytest.MonkeyPatch, *, cuda: bool = True, without: tuple[str, ...] = ()) -> None:
-    """Stands in for torch and the modules of all peers; those of `without` cannot be imported."""
-    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: cuda))
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    for peer in fla.PEERS:
-        module = None if peer.module.split(".")[0] in without else types.ModuleType(peer.module)
-        monkeypatch.setitem(sys.modules, peer.module, module)
-
-
-def test_peers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the packages is enough, and what the other one lacks is a row's note; without both there is an error."""
-    _modules(monkeypatch)
-    found = fla.implementations()
-    assert {(family, name) for family in found for name in found[family]} == {(p.family, p.name) for p in fla.PEERS}
-    assert set(found) <= {family.name for family in FAMILIES}
-    _modules(monkeypatch, without=("mamba_ssm",))
-    found = fla.implementations()
-    name = "mamba_ssm mamba_chunk_scan_combined"
-    told = found["outer, a decay per head"].pop(name)
-    assert isinstance(told, str)
-    assert re.match(r"mamba_ssm\.ops\S* \(.*\) cannot be imported: pip install mamba-ssm", told)
-    assert not any(isinstance(peer, str) for peers in found.values() for peer in peers.values())
-    _modules(monkeypatch, without=("fla", "mamba_ssm"))
-    with pytest.raises(
-        ValueError, match=r"--peer fla: fla.*, mamba_ssm.* cannot be imported: pip install torch flash-"
-    ):
-        fla.implementations()
-    _modules(monkeypatch, cuda=False)
-    with pytest.raises(ValueError, match="torch sees no CUDA device"):
-        fla.implementations()
-
-
-def test_peers_are_verified_in_their_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that fails says so in a note, and one that computes something else is not timed."""
-    monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
-    monkeypatch.setattr(kernels, "rates", lambda kind: measure.Rates(1, 1))
-    monkeypatch.setattr(kernels, "_functions", lambda *_: {})
-    scale = 1.0
-
-    def made(peer: fla.Peer, inputs: Any, weights: Any, bounds: Any) -> fla.Made:
-        if not scale:
-            raise RuntimeError("out of shared memory")
-        out, back = jax.vjp(over_heads(fla.ssd_loop), *inputs)
-        return lambda: out, lambda: out, (out * scale, list(back(weights)))
-
-    monkeypatch.setattr(fla.Peer, "made", made)
-    peers: dict[str, Any] = {peer.name: peer for peer in fla.PEERS if peer.loop is not None} | {"absent": "why"}
-    take = lambda: list(kernels._measured(FAMILIES[0], Shape(1, 8, 1, 4), "float32", 0, peers))
-    good, absent = take()
-    assert good["implementation"] == "mamba_ssm mamba_chunk_scan_combined"
-    assert good["error"] < 1e-4
-    assert absent["note"] == "why"
-    scale = 0.0
-    assert [row["note"] for row in take()] == ["why", "RuntimeError: out of shared memory"]
-    scale = 1.01
-    _, wrong = take()
-    assert wrong["failed"]
-    assert re.match(r"AssertionError: .*mamba_chunk_scan_combined is off by .* not timed", wrong["note"])
-
-
-@pytest.mark.usefixtures("x64")
-def test_ssd_computes_a_decay_per_head() -> None:
-    """Its recurrence, token by token and head by head, with the arguments made for it."""
-    random = np.random.default_rng(0)
-    batch, length, heads, size = 2, 7, 3, 4
-    query, key, value = random.standard_normal((3, batch, length, heads, size))
-    decay = -random.uniform(0.01, 2, (batch, length, heads))
-    c, b, x, dt = map(np.asarray, fla.ssd_inputs(query, key, value, decay))
-    assert x.dtype == np.float64
-    state, expected = np.zeros((batch, heads, size, size)), np.zeros((batch, heads, size, size))
-    for t in range(length):
-        state = np.exp(-dt[:, t])[..., None, None] * state + np.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], b[:, t])
-        expected = np.exp(decay[:, t])[..., None, None] * expected + np.einsum("bhk,bhv->bhkv", key[:, t], value[:, t])
-        out = np.einsum("bhpn,bhn->bhp", state, c[:, t])
-        np.testing.assert_allclose(out, np.einsum("bhk,bhkv->bhv", query[:, t], expected), rtol=1e-12, atol=1e-12)
-    loop = over_heads(fla.ssd_loop)(c, b, x, dt)
-    np.testing.assert_allclose(loop[:, -1], out, rtol=1e-12, atol=1e-12)
