@@ -20,7 +20,7 @@ from seqmodels import Segments
 from seqmodels.operators import kernels, mlstm_scan
 from seqmodels.operators.exponential import ExponentialState
 from seqmodels.operators.outer import normalised_linear_attention
-from tests.kernels.common import STRICT, assert_same, kernels_of
+from tests.kernels.common import STRICT, assert_same, ids_of, kernels_of
 
 # float32 rounding (6e-8) through chunks of 128 products, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -68,7 +68,7 @@ def inputs(
     start[0, [place for place in (3, 4, 127, 128, 129, length - 1) if place < length]] = True
     if batch > 1:
         log_input = log_input.at[0, :, length - 1].set(-jnp.inf)
-    segment = jnp.asarray(np.cumsum(start, axis=1), jnp.int32)
+    segment = ids_of(start)
     narrow = [x.astype(dtype) for x in (query, key, value)]
     return [*narrow, log_input, log_forget, log_max, normaliser, memory, segment]
 

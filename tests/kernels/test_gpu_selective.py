@@ -15,7 +15,7 @@ from kernels_pallas.gpu import selective
 from kernels_pallas.gpu.selective import selective_scan, shared_bytes
 from kernels_pallas.selective import reference
 from seqmodels import operators
-from tests.kernels.common import assert_same, graded, in_float64, pulled
+from tests.kernels.common import assert_same, graded, ids_of, in_float64, pulled
 from tests.kernels.hopper import ALONE, SHARED, STRICT, interpreted, packed, pretend_hopper, shared_memory_of
 
 # float32 rounding (6e-8) through sums over steps, entries and channels, relative to the largest entry of an array.
@@ -36,7 +36,7 @@ def inputs(length: int, channels: int, size: int, *, batch: int = 2, dtype: Any 
     for row, places in enumerate(((3, 4, 15, 16, 17, 32), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
     arrays = [x.astype(dtype), dt.astype(dtype), a, b.astype(dtype), c.astype(dtype), normal(5, batch, channels, size)]
-    return [*arrays, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [*arrays, ids_of(start)]
 
 
 CASES = [
