@@ -89,6 +89,8 @@ CASES = [
             "two blocks of values": ("exponential", 200, 64, 128, 2, ""),
             "wide keys": ("exponential", 130, 256, 64, 1, ""),
             "wide values": ("exponential", 130, 64, 256, 1, ""),
+            "two blocks of both": ("exponential", 66, 128, 128, 1, ""),
+            "the widest": ("exponential", 66, 256, 256, 1, ""),
             "huge gates": ("exponential", 200, 64, 64, 2, "huge"),
             "equal gates": ("exponential", 200, 64, 64, 2, "equal"),
             "nothing": ("exponential", 200, 64, 64, 2, "gone"),

@@ -60,6 +60,8 @@ CASES = [
             "two blocks": (200, 64, 128, 1, 2, 2),
             "wide keys": (130, 256, 64, 1, 1, 1),
             "wide values": (130, 128, 256, 1, 1, 1),
+            "two blocks of both": (130, 128, 128, 1, 1, 1),
+            "the widest": (130, 256, 256, 1, 1, 1),
         }.items()
     ),
 ]
