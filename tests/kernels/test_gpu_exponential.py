@@ -185,7 +185,8 @@ def test_with_gates_under_the_maximum_the_recurrence_is_a_plain_one(gates: str) 
         assert_same(["normaliser", "memory"], found[1:], right[1:], FLOAT32)
 
 
-REAL = [(4, 1000, 4, 64, 64), (8, 2048, 4, 128, 256), (2, 8192, 8, 256, 256)]
+# The last is the bench's.
+REAL = [(4, 1000, 4, 64, 64), (8, 2048, 4, 128, 256), (2, 8192, 8, 256, 256), (4, 2048, 16, 128, 128)]
 
 
 @pytest.mark.parametrize(
