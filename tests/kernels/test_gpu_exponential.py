@@ -116,9 +116,14 @@ def test_the_kernel_equals_the_recurrence_in_float64(
     check(kind, arrays, found, expected(kind, arrays))
 
 
+def _lost(right: Any) -> Any:
+    return lambda *a: right(*a).at[..., CARRIED, -1].multiply(0.95)
+
+
 WRONG = [
-    # where, what instead, and what is found to be wrong; programs are traced anew for each
+    # kind, where, what instead, and what is found to be wrong; programs are traced anew for each
     pytest.param(
+        "exponential",
         exponential_walk._Program,
         "with_normaliser",
         lambda right: lambda self, slot: 0 * right(self, slot),
@@ -128,13 +133,10 @@ WRONG = [
     *(
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
-            "a twentieth of the state is lost between chunks": (
-                gpu,
-                "gates_of",
-                lambda right: lambda *a: right(*a).at[..., CARRIED, -1].multiply(0.95),
-                "normaliser",
-            ),
+            "a twentieth of the state is lost between chunks": ("exponential", gpu, "gates_of", _lost, "normaliser"),
+            "a twentieth of it is lost under sigmoid gates": ("sigmoid", gpu, "gates_of", _lost, "normaliser"),
             "the gradient of a maximum stays where it is": (
+                "exponential",
                 gpu,
                 "_from_later",
                 lambda right: lambda d_max, carried: d_max,
@@ -146,15 +148,15 @@ WRONG = [
 
 
 @interpreted
-@pytest.mark.parametrize(("where", "name", "wrong", "told"), WRONG)
+@pytest.mark.parametrize(("kind", "where", "name", "wrong", "told"), WRONG)
 def test_a_kernel_that_is_wrong_is_found(
-    where: Any, name: str, wrong: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, where: Any, name: str, wrong: Any, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As controls of the test above."""
-    arrays = inputs("exponential", 66, 64, 64, 1)
+    arrays = inputs(kind, 66, 64, 64, 1)
     arrays = [x[1:] for x in arrays]
     arrays[4] = jnp.full_like(arrays[4], -0.001)
-    kernel = lambda *a: run("exponential", *a, arrays[8], interpret=STRICT)
+    kernel = lambda *a: run(kind, *a, arrays[8], interpret=STRICT)
 
     def found() -> Any:
         if told.startswith("d "):
@@ -162,11 +164,11 @@ def test_a_kernel_that_is_wrong_is_found(
         out, state = jax.jit(lambda *a: kernel(*a))(*arrays[:8])
         return out, *state
 
-    right = expected("exponential", arrays)
-    check("exponential", arrays, found(), right)
+    right = expected(kind, arrays)
+    check(kind, arrays, found(), right)
     monkeypatch.setattr(where, name, wrong(getattr(where, name)))
     with pytest.raises(AssertionError, match=f"^{told}"):
-        check("exponential", arrays, found(), right)
+        check(kind, arrays, found(), right)
 
 
 @pytest.mark.parametrize("gates", ["", "huge", "equal", "gone"])
