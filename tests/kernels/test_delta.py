@@ -17,7 +17,16 @@ from kernels_pallas.delta import chunk_delta
 from kernels_pallas.delta_keys import chunk_delta_keys
 from seqmodels import Segments
 from seqmodels.operators import delta_rule, kernels
-from tests.kernels.common import STRICT, assert_a_loss_is_found, assert_same, graded, in_float64, kernels_of, parts
+from tests.kernels.common import (
+    STRICT,
+    assert_a_loss_is_found,
+    assert_same,
+    graded,
+    ids_of,
+    in_float64,
+    kernels_of,
+    parts,
+)
 
 # float32 rounding (6e-8) through chunks of 128 products and their inverse, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -57,7 +66,7 @@ def inputs(
         log_decay, start = np.zeros_like(log_decay), np.zeros_like(start)
     key = key / np.linalg.norm(key, axis=-1, keepdims=True)
     narrow = [jnp.asarray(x, dtype) for x in (query * key_size**-0.5, key, value)]
-    return [*narrow, *map(jnp.asarray, (beta, log_decay, state)), jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [*narrow, *map(jnp.asarray, (beta, log_decay, state)), ids_of(start)]
 
 
 KERNELS: dict[str, Any] = {"per head": (delta, chunk_delta), "per key": (delta_keys, chunk_delta_keys)}

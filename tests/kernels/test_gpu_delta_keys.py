@@ -16,7 +16,14 @@ from kernels_pallas.gpu import common, delta_keys, delta_keys_pairs, delta_progr
 from kernels_pallas.gpu.delta_keys import chunk_delta_keys, shared_memory
 from seqmodels.operators import delta_rule
 from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
-from tests.kernels.hopper import STRICT, assert_it_says_why_not, interpreted, packed, pretend_hopper
+from tests.kernels.hopper import (
+    STRICT,
+    assert_it_says_why_not,
+    interpreted,
+    packed,
+    pretend_hopper,
+    shared_memory_of,
+)
 from tests.kernels.test_delta import NAMES, REAL, shapes
 from tests.kernels.test_delta import inputs as inputs_of
 from tests.kernels.test_gpu_delta import STIFF, STIFF_DECAY
@@ -153,8 +160,13 @@ def gradients(*arrays: Any, save: bool = False) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [REAL[0], REAL[4]], ids=str)
 def test_the_kernels_lower_for_an_h100_at_real_shapes(shape: tuple[int, ...]) -> None:
-    """Scores, inverses and a walk forward; backward those again, then inverses, a walk and gradients."""
-    assert gpu_kernels_of(gradients, *shapes("per key", *shape, "bfloat16")) == 9
+    """Scores, inverses and a walk forward; backward those again, then inverses, a walk and gradients: each in as much
+    memory as is counted."""
+    taken = shared_memory_of(gradients, *shapes("per key", *shape, "bfloat16"))
+    counted = shared_memory(shape[3], shape[3])
+    made = ("weighed", "inverses", "forward")
+    order = (*made, *made, "inverses", "backward", "gradients")
+    assert all(x <= counted[name] for x, name in zip(taken, order, strict=True))
 
 
 def test_fewer_kernels_run_where_states_are_kept() -> None:

@@ -19,7 +19,7 @@ from kernels_pallas.gpu.walk import CARRIED
 from seqmodels.operators import mlstm_scan
 from seqmodels.operators.exponential import ExponentialState
 from tests.kernels import test_exponential as tpu
-from tests.kernels.common import assert_same, gpu_kernels_of
+from tests.kernels.common import assert_same, gpu_kernels_of, ids_of
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
@@ -46,7 +46,7 @@ def inputs(kind: str, length: int, key_size: int, value_size: int, heads: int, g
     arrays = tpu.inputs(kind, length, key_size, value_size, dtype=jnp.bfloat16, gates=gates)
     start = np.zeros((2, length), bool)
     start[0, [place for place in (3, 4, 63, 64, 65, length - 1) if place < length]] = True
-    return [*(x[:, :heads] for x in arrays[:8]), jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [*(x[:, :heads] for x in arrays[:8]), ids_of(start)]
 
 
 def run(kind: str, *arrays: Any, interpret: Any = False) -> Any:
@@ -89,6 +89,8 @@ CASES = [
             "two blocks of values": ("exponential", 200, 64, 128, 2, ""),
             "wide keys": ("exponential", 130, 256, 64, 1, ""),
             "wide values": ("exponential", 130, 64, 256, 1, ""),
+            "two blocks of both": ("exponential", 66, 128, 128, 1, ""),
+            "the widest": ("exponential", 66, 256, 256, 1, ""),
             "huge gates": ("exponential", 200, 64, 64, 2, "huge"),
             "equal gates": ("exponential", 200, 64, 64, 2, "equal"),
             "nothing": ("exponential", 200, 64, 64, 2, "gone"),
@@ -114,9 +116,14 @@ def test_the_kernel_equals_the_recurrence_in_float64(
     check(kind, arrays, found, expected(kind, arrays))
 
 
+def _lost(right: Any) -> Any:
+    return lambda *a: right(*a).at[..., CARRIED, -1].multiply(0.95)
+
+
 WRONG = [
-    # where, what instead, and what is found to be wrong; programs are traced anew for each
+    # kind, where, what instead, and what is found to be wrong; programs are traced anew for each
     pytest.param(
+        "exponential",
         exponential_walk._Program,
         "with_normaliser",
         lambda right: lambda self, slot: 0 * right(self, slot),
@@ -126,13 +133,10 @@ WRONG = [
     *(
         pytest.param(*case, id=name, marks=pytest.mark.slow)
         for name, case in {
-            "a twentieth of the state is lost between chunks": (
-                gpu,
-                "gates_of",
-                lambda right: lambda *a: right(*a).at[..., CARRIED, -1].multiply(0.95),
-                "normaliser",
-            ),
+            "a twentieth of the state is lost between chunks": ("exponential", gpu, "gates_of", _lost, "normaliser"),
+            "a twentieth of it is lost under sigmoid gates": ("sigmoid", gpu, "gates_of", _lost, "normaliser"),
             "the gradient of a maximum stays where it is": (
+                "exponential",
                 gpu,
                 "_from_later",
                 lambda right: lambda d_max, carried: d_max,
@@ -144,15 +148,15 @@ WRONG = [
 
 
 @interpreted
-@pytest.mark.parametrize(("where", "name", "wrong", "told"), WRONG)
+@pytest.mark.parametrize(("kind", "where", "name", "wrong", "told"), WRONG)
 def test_a_kernel_that_is_wrong_is_found(
-    where: Any, name: str, wrong: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, where: Any, name: str, wrong: Any, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As controls of the test above."""
-    arrays = inputs("exponential", 66, 64, 64, 1)
+    arrays = inputs(kind, 66, 64, 64, 1)
     arrays = [x[1:] for x in arrays]
     arrays[4] = jnp.full_like(arrays[4], -0.001)
-    kernel = lambda *a: run("exponential", *a, arrays[8], interpret=STRICT)
+    kernel = lambda *a: run(kind, *a, arrays[8], interpret=STRICT)
 
     def found() -> Any:
         if told.startswith("d "):
@@ -160,11 +164,11 @@ def test_a_kernel_that_is_wrong_is_found(
         out, state = jax.jit(lambda *a: kernel(*a))(*arrays[:8])
         return out, *state
 
-    right = expected("exponential", arrays)
-    check("exponential", arrays, found(), right)
+    right = expected(kind, arrays)
+    check(kind, arrays, found(), right)
     monkeypatch.setattr(where, name, wrong(getattr(where, name)))
     with pytest.raises(AssertionError, match=f"^{told}"):
-        check("exponential", arrays, found(), right)
+        check(kind, arrays, found(), right)
 
 
 @pytest.mark.parametrize("gates", ["", "huge", "equal", "gone"])
@@ -183,7 +187,8 @@ def test_with_gates_under_the_maximum_the_recurrence_is_a_plain_one(gates: str) 
         assert_same(["normaliser", "memory"], found[1:], right[1:], FLOAT32)
 
 
-REAL = [(4, 1000, 4, 64, 64), (8, 2048, 4, 128, 256), (2, 8192, 8, 256, 256)]
+# The last is the bench's.
+REAL = [(4, 1000, 4, 64, 64), (8, 2048, 4, 128, 256), (2, 8192, 8, 256, 256), (4, 2048, 16, 128, 128)]
 
 
 @pytest.mark.parametrize(

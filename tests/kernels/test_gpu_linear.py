@@ -15,7 +15,7 @@ from kernels_pallas.gpu import linear
 from kernels_pallas.gpu.linear import linear_scan, shared_bytes
 from kernels_pallas.linear import reference
 from seqmodels.operators import diagonal_scan
-from tests.kernels.common import A100, H100, assert_same, graded, in_float64
+from tests.kernels.common import A100, H100, assert_same, graded, ids_of, in_float64
 from tests.kernels.hopper import SHARED, STRICT, interpreted, packed, pretend_hopper, shared_memory_of
 from tests.kernels.test_linear import BFLOAT16, FLOAT32, NAMES
 from tests.kernels.test_linear import inputs as arrays_of
@@ -27,7 +27,7 @@ def inputs(length: int, channels: int, *, batch: int = 2, dtype: Any = jnp.float
     start = np.zeros((batch, length), bool)
     for row, places in enumerate(((3, 4, 15, 16, 17, 40, 48), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
-    return [*arrays, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [*arrays, ids_of(start)]
 
 
 CASES = [

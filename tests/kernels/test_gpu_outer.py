@@ -17,7 +17,7 @@ from kernels_pallas.gpu import common, walk
 from kernels_pallas.gpu import outer as gpu
 from kernels_pallas.gpu.outer import chunk_outer, shared_memory
 from seqmodels.operators import gated_linear_attention
-from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.common import assert_same, gpu_kernels_of, ids_of, in_float64, pulled
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
@@ -46,7 +46,7 @@ def inputs(length: int, key_size: int, value_size: int, *, batch: int, groups: i
     start = np.zeros((batch, length), bool)
     for row, places in enumerate(((3, 4, 63, 64, 65), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
-    return [query, key, value, log_decay, state, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [query, key, value, log_decay, state, ids_of(start)]
 
 
 CASES = [
@@ -60,6 +60,8 @@ CASES = [
             "two blocks": (200, 64, 128, 1, 2, 2),
             "wide keys": (130, 256, 64, 1, 1, 1),
             "wide values": (130, 128, 256, 1, 1, 1),
+            "two blocks of both": (130, 128, 128, 1, 1, 1),
+            "the widest": (130, 256, 256, 1, 1, 1),
         }.items()
     ),
 ]

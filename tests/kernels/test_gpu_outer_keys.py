@@ -56,10 +56,15 @@ CASES = [
         }.items()
     ),
 ]
+# Not with a bonus, whose walk is this one.
+WIDE = [
+    pytest.param(130, 128, 128, 1, 1, 1, False, id="two blocks of both", marks=pytest.mark.slow),
+    pytest.param(130, 256, 256, 1, 1, 1, True, id="the widest", marks=pytest.mark.slow),
+]
 
 
 @interpreted
-@pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "groups", "heads", "save"), CASES)
+@pytest.mark.parametrize(("length", "key_size", "value_size", "batch", "groups", "heads", "save"), [*CASES, *WIDE])
 def test_the_kernel_equals_the_recurrence_in_float64(
     length: int, key_size: int, value_size: int, batch: int, groups: int, heads: int, save: bool
 ) -> None:

@@ -15,7 +15,7 @@ from kernels_pallas.gpu import selective
 from kernels_pallas.gpu.selective import selective_scan, shared_bytes
 from kernels_pallas.selective import reference
 from seqmodels import operators
-from tests.kernels.common import assert_same, graded, in_float64, pulled
+from tests.kernels.common import assert_same, graded, ids_of, in_float64, pulled
 from tests.kernels.hopper import ALONE, SHARED, STRICT, interpreted, packed, pretend_hopper, shared_memory_of
 
 # float32 rounding (6e-8) through sums over steps, entries and channels, relative to the largest entry of an array.
@@ -36,7 +36,7 @@ def inputs(length: int, channels: int, size: int, *, batch: int = 2, dtype: Any 
     for row, places in enumerate(((3, 4, 15, 16, 17, 32), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
     arrays = [x.astype(dtype), dt.astype(dtype), a, b.astype(dtype), c.astype(dtype), normal(5, batch, channels, size)]
-    return [*arrays, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [*arrays, ids_of(start)]
 
 
 CASES = [
@@ -96,29 +96,32 @@ def shapes(batch: int, length: int, channels: int, size: int, dtype: str) -> lis
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "save"),
     [
-        ((8, 2048, 5120, 16), "bfloat16"),
+        ((8, 2048, 5120, 16), "bfloat16", True),
         *(
-            pytest.param(shape, dtype, marks=pytest.mark.slow)
-            for shape, dtype in (
-                ((2, 16384, 2560, 16), "float32"),
-                ((2, 16384, 2560, 16), "bfloat16"),
-                ((4, 1000, 192, 16), "float32"),
-                ((2, 2048, 4096, 32), "float32"),
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((8, 2048, 5120, 16), "bfloat16", False),
+                ((2, 16384, 2560, 16), "float32", True),
+                ((2, 16384, 2560, 16), "bfloat16", True),
+                ((4, 1000, 192, 16), "float32", False),
+                ((2, 2048, 4096, 32), "float32", True),
             )
         ),
     ],
     ids=str,
 )
-def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, ...], dtype: str) -> None:
-    """Two blocks of the forward kernel with states of 16 fit on a multiprocessor, one of the backward kernel."""
-    gradients = lambda *a: graded(lambda *arrays: selective_scan(*arrays, a[6], True), *a[:6])
+def test_the_kernel_lowers_for_an_h100_at_real_shapes(shape: tuple[int, ...], dtype: str, save: bool) -> None:
+    """Two programs, or three where states are computed again; two blocks of the forward kernel with states of 16 fit on
+    a multiprocessor, one of the backward kernel."""
+    gradients = lambda *a: graded(lambda *arrays: selective_scan(*arrays, a[6], save), *a[:6])
     expected = shared_bytes(shape[1], shape[3], dtype)
     found = shared_memory_of(gradients, *shapes(*shape, dtype))
-    assert found == [expected["forward"], expected["backward"]]
-    assert found[1] < ALONE
-    assert found[0] < (SHARED if shape[3] == 16 else ALONE)
+    order = (*(() if save else ("inference",)), "forward", "backward")
+    assert found == [expected[name] for name in order]
+    assert found[-1] < ALONE
+    assert found[-2] < (SHARED if shape[3] == 16 else ALONE)
 
 
 def test_errors_name_the_shapes() -> None:

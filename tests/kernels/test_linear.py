@@ -16,7 +16,7 @@ from kernels_pallas.chunks import VMEM
 from kernels_pallas.linear import linear_scan, reference, vmem_bytes
 from seqmodels import Segments
 from seqmodels.operators import diagonal_scan, kernels
-from tests.kernels.common import STRICT, assert_same, graded, in_float64, kernels_of, losing, parts, result_of
+from tests.kernels.common import STRICT, assert_same, graded, ids_of, in_float64, kernels_of, losing, parts, result_of
 
 # float32 rounding (6e-8) through sums of up to 128 steps, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -39,7 +39,7 @@ def inputs(length: int, channels: int, *, batch: int = B, dtype: Any = jnp.float
     start = np.zeros((batch, length), bool)
     for row, places in enumerate(((3, 4, 127, 128, 129), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
-    return [log_decay.astype(dtype), drive.astype(dtype), state, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [log_decay.astype(dtype), drive.astype(dtype), state, ids_of(start)]
 
 
 CASES = [

@@ -17,7 +17,16 @@ from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
 from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
-from tests.kernels.common import STRICT, assert_a_loss_is_found, assert_same, graded, in_float64, kernels_of, parts
+from tests.kernels.common import (
+    STRICT,
+    assert_a_loss_is_found,
+    assert_same,
+    graded,
+    ids_of,
+    in_float64,
+    kernels_of,
+    parts,
+)
 
 # float32 rounding (6e-8) through chunks of 128 products, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -47,7 +56,7 @@ def inputs(
     start = np.zeros((batch, length), bool)
     start[0, [place for place in (3, 4, 127, 128, 129, length - 1) if place < length]] = True
     narrow = [x.astype(dtype) for x in (query, key, value)]
-    return [*narrow, log_decay, state, jnp.asarray(np.cumsum(start, axis=1), jnp.int32)]
+    return [*narrow, log_decay, state, ids_of(start)]
 
 
 KERNELS = {"per head": (outer, chunk_outer), "per key": (outer_keys, chunk_outer_keys)}

@@ -19,7 +19,7 @@ from kernels_pallas.selective import reference, selective_scan, vmem_bytes
 from seqmodels import Segments
 from seqmodels import operators as families
 from seqmodels.operators import kernels
-from tests.kernels.common import STRICT, TPU, assert_same, graded, in_float64, losing, parts, result_of
+from tests.kernels.common import STRICT, TPU, assert_same, graded, ids_of, in_float64, losing, parts, result_of
 
 # float32 rounding (6e-8) through states of up to 128 steps and sums over them, relative to the largest entry.
 FLOAT32 = 1e-5
@@ -40,7 +40,7 @@ def inputs(length: int, channels: int, size: int, *, batch: int = B, dtype: Any 
     for row, places in enumerate(((3, 4, 127, 128, 129), (0, length - 1))[:batch]):
         start[row, [place for place in places if place < length]] = True
     kinds = (dtype, dtype, jnp.float32, dtype, dtype, jnp.float32, jnp.int32)
-    arrays = (x, dt, a, b, c, state, np.cumsum(start, axis=1))
+    arrays = (x, dt, a, b, c, state, ids_of(start))
     return [jnp.asarray(y, kind) for y, kind in zip(arrays, kinds, strict=True)]
 
 

@@ -141,6 +141,7 @@ def _largest(program: Any) -> int:
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("method", ["auto", "sequential", "chunked"])
 def test_no_array_over_all_steps_channels_and_states(method: str) -> None:
     program = _training(method)
@@ -152,6 +153,7 @@ def test_no_array_over_all_steps_channels_and_states(method: str) -> None:
         assert program.memory_analysis().temp_size_in_bytes <= 4 * (rows + states)
 
 
+@pytest.mark.optimised
 def test_what_all_states_at_once_would_look_like() -> None:
     """The test above can fail: the one method that holds an element a step is seen to."""
     assert _largest(_training("associative")) >= LONG * CHANNELS * SIZE / 2
