@@ -35,7 +35,7 @@ AMPLIFIED = {"gla": 5}
 FAMILIES = {"attention", "psm", "rg_lru", "gla", "kda", "mlstm"}
 OPTIMISED = {"rg_lru", "gla", "mlstm"}  # a vector, a matrix, a stabilised one; trees and delta rules compile long
 ODD = 65  # the length of the others: no chunk but the first divides it
-LENGTHS = (1, 64, ODD)
+LENGTHS = (64, ODD)  # pieces of one token are below
 LONGEST = max(LENGTHS)
 PIECES = (65, 1, 7, 1, 54)
 

@@ -1,7 +1,7 @@
 """The slow tier: every method and chunk of the mixers that leave the choice open.
 
-Each mixer runs all of them at one length; one of each kind (`FAMILIES`) also at another length, types and scales, and
-with their gradients: operators have such tests of their own, and what is around them is that of all methods.
+Each mixer runs them at one length, one of each kind (`FAMILIES`) with more chunks, at another length, types and scales,
+and with gradients: operators have such tests of their own, and what is around them is that of all methods.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def assert_equals_the_loop(name: str, length: int) -> None:
     start = warm(name)
     x, segments = tokens(length, BATCH, length), draw(np.random.default_rng(length), BATCH, length)
     expected, after = loop.forward(loop.params, x, start, segments)
-    for changes in variants(name, length):
+    for changes in variants(name, length, CHUNKS if name in FAMILIES else SOME_CHUNKS):
         s = subject(name, **changes)
         y, carry = s.forward(s.params, x, start, segments)
         try:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from seqmodels import params
 from seqmodels.typing import Context, Segments
 from tests.mixers.properties import ATTENTION, CONFIGS, SEQUENTIAL, TIME, WIDTH, subject, tokens
+from tests.mixers.test_lengths import FAMILIES
 
 DEVICES = 8
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8, "c64": 8}
@@ -66,9 +67,13 @@ def test_bytes_of_a_program() -> None:
     assert bytes_received(text) == 4 * 8 * 64 + 4 * 4 + 6
 
 
-@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
-    "name", [name if name == "rg_lru" else pytest.param(name, marks=pytest.mark.slow) for name in SHARDED]
+    ("name", "gradients"),
+    [
+        pytest.param(name, gradients, marks=[] if name == "rg_lru" else pytest.mark.slow)
+        for name in SHARDED
+        for gradients in ((False, True) if name in FAMILIES else (True,))
+    ],
 )
 def test_a_recurrence_sends_one_element_a_device(name: str, gradients: bool) -> None:
     """What travels does not grow with time, but for attention, whose keys pass around once."""
