@@ -68,9 +68,8 @@ def inputs(
     start[0, [place for place in (3, 4, 127, 128, 129, length - 1) if place < length]] = True
     if batch > 1:
         log_input = log_input.at[0, :, length - 1].set(-jnp.inf)
-    segment = ids_of(start)
     narrow = [x.astype(dtype) for x in (query, key, value)]
-    return [*narrow, log_input, log_forget, log_max, normaliser, memory, segment]
+    return [*narrow, log_input, log_forget, log_max, normaliser, memory, ids_of(start)]
 
 
 def run(kind: str, *arrays: Any, save: bool = False, interpret: Any = True) -> Any:
