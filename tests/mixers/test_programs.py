@@ -26,6 +26,7 @@ from tests.mixers.properties import (
     subject,
     tokens,
 )
+from tests.mixers.test_lengths import FAMILIES
 
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
 every_sharded = pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SEQUENTIAL])
@@ -95,8 +96,16 @@ def test_refuses_sharded_time(name: str) -> None:
 
 
 @pytest.mark.slow
-@every_sharded
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [
+        (name, check)
+        for name in CONFIGS
+        if name not in SEQUENTIAL
+        for check in (True, False)
+        if check or name in FAMILIES
+    ],
+)
 def test_gradients_sharded_over_time(name: str, check_vma: bool) -> None:
     """The gradients to parameters, tokens and the initial state, with and without varying axes in the types."""
     s, x = subject(name), tokens(0)
