@@ -101,6 +101,7 @@ def test_the_mixer_of_the_page_keeps_the_properties_of_the_library_s_own(code: d
 
 
 @pytest.mark.slow
+@pytest.mark.optimised  # it trains
 def test_the_notebook_runs_and_gives_what_the_page_says(page: str) -> None:
     pytest.importorskip("ipykernel")
     book = execute(notebook(page))
