@@ -1,6 +1,6 @@
 """The slow tier: every method and chunk of the mixers that leave the choice open.
 
-Each mixer runs them at one length, one of each kind (`FAMILIES`) with more chunks, at another length, types and scales,
+Each mixer runs all methods at one length, one of each kind (`FAMILIES`) every chunk, another length, types and scales
 and with gradients: operators have such tests of their own, and what is around them is that of all methods.
 """
 
@@ -46,11 +46,12 @@ SOME_CHUNKS = (16,)  # with the whole length: several, the last one of one token
 SOME = [name for name in OPEN if name in FAMILIES]
 
 
-def variants(name: str, length: int, chunks: Sequence[int] = CHUNKS) -> list[dict[str, Any]]:
+def variants(name: str, length: int, chunks: Sequence[int] | None = CHUNKS) -> list[dict[str, Any]]:
+    """Of methods, and with some chunks and the whole length as one, unless `chunks` is None."""
     if name in NONLINEAR:
         return [{"method": "newton"}]
     chosen = [{"method": "associative"}, {"method": "chunked"}]
-    if "chunk" in OPEN[name]:
+    if "chunk" in OPEN[name] and chunks is not None:
         chosen += [{"method": "chunked", "chunk": chunk} for chunk in (*chunks, length)]
     if name in ("s4", "s4d", "s5", "lru"):
         chosen.append({"method": "convolution"})
@@ -76,7 +77,7 @@ def assert_equals_the_loop(name: str, length: int) -> None:
     start = warm(name)
     x, segments = tokens(length, BATCH, length), draw(np.random.default_rng(length), BATCH, length)
     expected, after = loop.forward(loop.params, x, start, segments)
-    for changes in variants(name, length, CHUNKS if name in FAMILIES else SOME_CHUNKS):
+    for changes in variants(name, length, CHUNKS if name in FAMILIES else None):
         s = subject(name, **changes)
         y, carry = s.forward(s.params, x, start, segments)
         try:
