@@ -33,15 +33,15 @@ demo-short: $(STAMP)  ## The demo with a few steps from scratch, to see that eve
 	@$(PYTHON) -m experiments.train demo --workdir $(SHORT) --steps 20 --log-every 5 --checkpoint-every 10
 	@$(PYTHON) -m experiments.generate $(SHORT) --prompt "def read_"
 
-test: $(STAMP)  ## Run the quick tests (at most 10 minutes)
+test: $(STAMP)  ## Run the quick tests (about 10 minutes on 2 cores)
 	@echo "test: the quick tier; make test-all adds the slow one"
 	@$(PYTHON) -m pytest $(PARALLEL)
 
-test-slow: $(STAMP)  ## Run the slow tests (at most 30 minutes)
+test-slow: $(STAMP)  ## Run the slow tests (about 13 minutes)
 	@echo "test-slow: the slow tier"
 	@$(PYTHON) -m pytest -m "slow and not parity" $(PARALLEL)
 
-test-all: test test-slow  ## Run the quick and the slow tests (at most 40 minutes)
+test-all: test test-slow  ## Run the quick and the slow tests (about 25 minutes)
 
 test-parity: $(PARITY)  ## Compare with transformers' models on tiny random ones (installs torch and transformers)
 	@echo "test-parity: logits, states and gradients beside transformers'"
