@@ -164,7 +164,8 @@ def _check_chunk(
         folded = settle_element(recurrence, recurrence.fold(chunk, flags))
         law("fold", f"fold(inputs, reset) != the combine of the steps since the last reset {where}", folded, expected)
     if recurrence.emit is not None:
-        for s in states:
+        for before_steps in states:
+            s = before_steps
             emitted, outputs = recurrence.emit(chunk, s, flags), []
             for x, starts in zip(steps, reset, strict=True):
                 before = initial if starts else s
@@ -172,6 +173,9 @@ def _check_chunk(
                 outputs.append(run.read(before if recurrence.read_before else s, x))
             read = jax.tree.map(lambda *y: jnp.stack(y), *outputs)
             law("emit", f"emit(inputs, state, reset) != the reads of the steps {where}", emitted, read)
+            if recurrence.sweep is not None:
+                swept = recurrence.sweep(chunk, before_steps, flags)
+                law("sweep", f"sweep(inputs, state, reset) != the steps {where}", swept, (s, read))
 
 
 def _neighbours(elements: list[Tree], combine: Callable[[Tree, Tree], Tree]) -> Iterator[list[Tree]]:

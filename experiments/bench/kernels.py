@@ -24,8 +24,9 @@ from seqmodels.typing import Segments
 
 STATES = 2e9  # bytes of elements that an associative scan may hold at once: with its copies several times that
 SLOW = 1e7  # entries that the chunk form of a recurrence without products takes a minute for on a CPU
-# XLA multiplies small matrices of a batch one after the other, on one core: a device a core leaves none without work.
-PER_CORE = "XLA chunked, a device a core"
+# XLA multiplies small matrices of a batch, and goes through the small steps of a loop, on one core: a device a core
+# leaves none without work.
+PER_CORE = ", a device a core"
 HEADS = PartitionSpec(None, None, "heads")
 Notes = dict[str, Row]
 
@@ -57,11 +58,11 @@ def _measured(family: Family, shape: Shape, kind: str, seed: int, peers: Mapping
     out, states = jax.eval_shape(functools.partial(family.xla, method="auto"), *given)
     weights = jax.ShapeDtypeStruct(out.shape, jnp.promote_types(out.dtype, jnp.float32))
     notes: Notes = {}
-    programs = _programs(_functions(family, shape), (*given, weights), size_of((out, states, given)), notes)
+    programs = _programs(family, _functions(family, shape), (*given, weights), size_of((out, states, given)), notes)
 
     times: dict[str, Quartiles] = {}
     errors: dict[str, tuple[float, float | None]] = {}
-    makers = {name: functools.partial(_ours, name, pair) for name, pair in programs.items()}
+    makers = {name: functools.partial(_ours, family, name, pair) for name, pair in programs.items()}
     theirs = {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
     notes.update({name: {"note": why} for name, why in peers.items() if isinstance(why, str)})
     makers |= {name: functools.partial(_theirs, peer) for name, peer in theirs.items()}
@@ -115,14 +116,15 @@ def _functions(family: Family, shape: Shape) -> dict[str, Function | str]:
     }
     if on_cpu and not family.products and shape.batch * shape.length * shape.size > SLOW:
         found["XLA chunked"] = "left out: without products a chunk form takes minutes on a CPU"
-    if on_cpu and family.products:
+    if on_cpu:
+        parts = shape.heads if family.products else shape.size
         why = "there is one device" if cores == 1 else "takes no documents" if segments else ""
-        why = why or (f"{shape.heads} heads on {cores} cores" if shape.heads % cores else "")
+        why = why or (f"{parts} heads or channels on {cores} cores" if parts % cores else "")
         spread = lambda: jax.shard_map(
-            xla("chunked"), mesh=_mesh(), in_specs=tuple(map(_spec, structs(family, shape, "float32"))),
+            xla(family.methods[0]), mesh=_mesh(), in_specs=_specs(family, structs(family, shape, "float32")),
             out_specs=(HEADS, PartitionSpec(None, "heads")),
         )  # fmt: skip
-        found[PER_CORE] = f"left out: {why}" if why else spread()
+        found[f"XLA {family.methods[0]}{PER_CORE}"] = f"left out: {why}" if why else spread()
     found["associative_scan"] = _associative(family, shape)
     return found
 
@@ -138,7 +140,11 @@ def _associative(family: Family, shape: Shape) -> Function | str:
 
 
 def _programs(
-    functions: Mapping[str, Function | str], given: Sequence[jax.ShapeDtypeStruct], held: int, notes: Notes
+    family: Family,
+    functions: Mapping[str, Function | str],
+    given: Sequence[jax.ShapeDtypeStruct],
+    held: int,
+    notes: Notes,
 ) -> dict[str, tuple[Compiled, Compiled]]:
     """Forward and with gradients, of those that compile and fit into memory beside the arrays they are given.
 
@@ -150,8 +156,8 @@ def _programs(
         if isinstance(function, str):
             notes[name] = {"note": function}
             continue
-        places = _placed(name, given)
-        devices = jax.device_count() if name == PER_CORE else 1
+        places, spread = _placed(family, name, given), name.endswith(PER_CORE)
+        devices = jax.device_count() if spread else 1
         with _noting(notes, name):
             try:
                 pair = compiled(function, *places[:-1]), compiled(with_gradients(function, len(given) - 1), *places)
@@ -160,7 +166,7 @@ def _programs(
                 continue
             pair = tuple(p._replace(peak_bytes=p.peak_bytes and devices * p.peak_bytes) for p in pair)
             # the output of the forward program is kept until both are checked; a copy of the arrays is placed anew
-            beside = size_of(given) * (name == PER_CORE) + held * (name != first)
+            beside = size_of(given) * spread + held * (name != first)
             left_out = memory.too_much(beside + size_of(given[-1]) + (pair[1].peak_bytes or 0))
             if left_out:
                 notes[name] = {"note": left_out}
@@ -174,24 +180,27 @@ def _mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("heads",), axis_types=(AxisType.Auto,))
 
 
-def _spec(x: Any) -> PartitionSpec:
-    """Of [B, T, H, ...], or of parameters [H, K]."""
-    return HEADS if len(x.shape) > 2 else PartitionSpec("heads")
+def _specs(family: Family, given: Sequence[Any]) -> tuple[PartitionSpec, ...]:
+    """Of [B, T, H, ...] or [B, T, D], of parameters [H, K] or [D, N], and of what all heads share."""
+    spec = lambda x: HEADS if len(x.shape) > 2 else PartitionSpec("heads")
+    return tuple(PartitionSpec() if number in family.shared else spec(x) for number, x in enumerate(given))
 
 
-def _placed(name: str, given: Sequence[Any]) -> tuple[Any, ...]:
+def _placed(family: Family, name: str, given: Sequence[Any]) -> tuple[Any, ...]:
     """Arrays, or their shapes, where an implementation takes them from."""
-    if name != PER_CORE:
+    if not name.endswith(PER_CORE):
         return tuple(given)
-    places = [NamedSharding(_mesh(), _spec(x)) for x in given]
+    places = [NamedSharding(_mesh(), spec) for spec in _specs(family, given)]
     if isinstance(given[0], jax.ShapeDtypeStruct):
         return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to) for x, to in zip(given, places, strict=True))
     return jax.device_put(tuple(given), tuple(places))
 
 
-def _ours(name: str, programs: tuple[Compiled, Compiled], inputs: Sequence[Any], weights: Any, bounds: Any) -> Any:
+def _ours(
+    family: Family, name: str, programs: tuple[Compiled, Compiled], inputs: Sequence[Any], weights: Any, bounds: Any
+) -> Any:
     """A forward pass, one with gradients, and what both compute."""
-    given = _placed(name, (*inputs, weights))
+    given = _placed(family, name, (*inputs, weights))
     forward, both = functools.partial(programs[0].run, *given[:-1]), functools.partial(programs[1].run, *given)
     return forward, both, Results(*forward(), both())
 

@@ -74,6 +74,8 @@ class Family:
     methods: tuple[str, ...] = ("chunked",)
     products: int = 0
     """Products of a key's by a value's size for each token and head."""
+    shared: tuple[int, ...] = ()
+    """Those of the inputs that belong to all channels."""
     exponentials: bool = False
     """Whether every token needs one for each channel (and entry of its state, where it has several)."""
 
@@ -188,7 +190,7 @@ FAMILIES = (
            over_heads(by_hand.associative_mlstm), products=2, of_states=_unscaled),
     Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o),
            by_hand.selective, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
-           by_hand.associative_selective, ("auto", "chunked"), exponentials=True),
+           by_hand.associative_selective, ("auto", "chunked"), shared=(3, 4), exponentials=True),
 )  # fmt: skip
 QUICK = {name: (Shape(2, 256, 1, 32),) for name in ("diagonal", "diagonal, complex")}
 QUICK |= {"selective": (Shape(1, 256, 1, 32, state=4),)}

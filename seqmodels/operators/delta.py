@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels.operators import kernels
+from seqmodels.operators.decayed import decayed_scores, read_decayed, wide, write_decayed
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import each_head, run_family
-from seqmodels.operators.outer import decayed_scores, read_decayed
 from seqmodels.operators.triangular import inverse_of_unit_lower
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
@@ -50,17 +50,14 @@ def delta_recurrence() -> Recurrence:
         combine=lambda a, b: DeltaElement(b.transition @ a.transition, _act(b, a.memory)),
         identity=lambda e: DeltaElement(jnp.eye(e.memory.shape[0], dtype=e.transition.dtype), jnp.zeros_like(e.memory)),
         act=_act,
-        read=lambda s, x: _f32(x.query) @ s,
+        read=lambda s, x: wide(x.query) @ s,
         initial=lambda x: jnp.zeros((*x.key.shape, *x.value.shape), _kind(x)),
         update=_update,
         neutral=_neutral,
         fold=_fold,
-        emit=_emit,
+        emit=lambda xs, s, reset: _sweep(xs, s, reset)[1],
+        sweep=_sweep,
     )
-
-
-def _f32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _kind(inputs: Delta) -> Any:
@@ -75,13 +72,13 @@ def _log_decays(inputs: Delta) -> Float[Array, "... #K"]:
     if inputs.log_decay is None:
         return jnp.zeros((*inputs.key.shape[:-1], 1), _kind(inputs))
     one_per_head = inputs.log_decay.ndim < inputs.key.ndim
-    return _f32(inputs.log_decay[..., None] if one_per_head else inputs.log_decay)
+    return wide(inputs.log_decay[..., None] if one_per_head else inputs.log_decay)
 
 
 def _element(inputs: Delta) -> DeltaElement:
     decay = jnp.broadcast_to(jnp.exp(_log_decays(inputs)), inputs.key.shape)
-    transition = jnp.diag(decay) + _f32(_left(inputs))[:, None] * _f32(inputs.right)[None]
-    return DeltaElement(transition, _f32(inputs.key)[:, None] * _f32(inputs.value)[None])
+    transition = jnp.diag(decay) + wide(_left(inputs))[:, None] * wide(inputs.right)[None]
+    return DeltaElement(transition, wide(inputs.key)[:, None] * wide(inputs.value)[None])
 
 
 def _act(element: DeltaElement, state: Array) -> Array:
@@ -89,8 +86,8 @@ def _act(element: DeltaElement, state: Array) -> Array:
 
 
 def _update(inputs: Delta, state: Array) -> Array:
-    seen = _f32(inputs.right) @ state
-    written = _f32(_left(inputs))[:, None] * seen[None] + _f32(inputs.key)[:, None] * _f32(inputs.value)[None]
+    seen = wide(inputs.right) @ state
+    written = wide(_left(inputs))[:, None] * seen[None] + wide(inputs.key)[:, None] * wide(inputs.value)[None]
     return jnp.exp(_log_decays(inputs))[:, None] * state + written
 
 
@@ -118,13 +115,13 @@ def _writes(inputs: Delta, reset: Bool[Array, "C"]) -> list[_Write]:
     same = segment[:, None] == segment[None]
     before = lambda x: after_each(x[::-1])[::-1]
     reach = jnp.where(kept, before(jnp.where(kept, log_decay, 0)), before(log_decay))
-    reads = _f32(inputs.right) * jnp.exp(reach)
+    reads = wide(inputs.right) * jnp.exp(reach)
 
     def scores(key: Array) -> Array:
         return jnp.where(same, decayed_scores(inputs.right, key, log_decay, inclusive=False), 0)
 
     solve = inverse_of_unit_lower(-scores(_left(inputs)))
-    value = _f32(inputs.value)
+    value = wide(inputs.value)
     if inputs.left is None:  # B = -A, and v - u solves the system by itself
         return [_Write(inputs.key, solve @ value, -(solve @ reads))]
     return [
@@ -137,18 +134,22 @@ def _segments(reset: Bool[Array, "C"]) -> Array:
     return jnp.cumsum(reset.astype(jnp.int32))
 
 
-def _emit(inputs: Delta, state: Array, reset: Bool[Array, "C"]) -> Array:
-    log_decay, segment = _log_decays(inputs), _segments(reset)
+def _sweep(inputs: Delta, state: Array, reset: Bool[Array, "C"]) -> tuple[Array, Array]:
+    log_decay, segment, kept = _log_decays(inputs), _segments(reset), since_last_reset(reset)[:, None]
     first = segment[:, None] == 0
-    carried = read_decayed(inputs.query, jnp.cumsum(log_decay, axis=0), state)
-    out = jnp.where(first, carried, 0)
+    out = jnp.where(first, read_decayed(inputs.query, jnp.cumsum(log_decay, axis=0), state), 0)
+    log_decay_kept = jnp.where(kept, log_decay, 0)
+    rest = jnp.where(kept, after_each(log_decay_kept), -jnp.inf)
+    state_kept = jnp.where(jnp.any(reset), 0, state)
+    after = jnp.exp(jnp.sum(log_decay_kept, axis=0))[:, None] * state_kept
     for write in _writes(inputs, reset):
         written = write.values
         if write.reads is not None:
             written = written + jnp.where(first, write.reads @ state, 0)
         scores = decayed_scores(inputs.query, write.column, log_decay)
         out = out + jnp.where(segment[:, None] == segment[None], scores, 0) @ written
-    return out
+        after = after + write_decayed(write.column, written, rest)  # where there is a reset, of steps after `first`
+    return after, out
 
 
 def _fold(inputs: Delta, reset: Bool[Array, "C"]) -> DeltaElement:
@@ -159,7 +160,7 @@ def _fold(inputs: Delta, reset: Bool[Array, "C"]) -> DeltaElement:
     transition = jnp.diag(jnp.broadcast_to(decay, inputs.key.shape[1:]))
     memory = jnp.zeros((*inputs.key.shape[1:], *inputs.value.shape[1:]), _kind(inputs))
     for write in _writes(inputs, reset):
-        column = jnp.where(kept, _f32(write.column) * reach, 0)
+        column = jnp.where(kept, wide(write.column) * reach, 0)
         memory = memory + column.T @ write.values
         if write.reads is not None:
             transition = transition + column.T @ write.reads
@@ -211,9 +212,9 @@ def delta_rule(
     query, key = (jnp.repeat(x, heads // groups, axis=2) for x in (query, key))
     right = key
     if log_decay is not None:  # what is read is the decayed state
-        decay = jnp.exp(_f32(log_decay))
-        right = (_f32(key) * (decay if decay.ndim == key.ndim else decay[..., None])).astype(key.dtype)
-    strength = (_f32(key) * _f32(beta)[..., None]).astype(key.dtype)
+        decay = jnp.exp(wide(log_decay))
+        right = (wide(key) * (decay if decay.ndim == key.ndim else decay[..., None])).astype(key.dtype)
+    strength = (wide(key) * wide(beta)[..., None]).astype(key.dtype)
     return _run(
         Delta(query, strength, value, right, None, log_decay),
         state,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
 from seqmodels.operators import kernels
+from seqmodels.operators.decayed import read_decayed, weigh, wide, write_decayed
 from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
 from seqmodels.operators.family import each_head, run_family
 from seqmodels.scan import Recurrence
@@ -54,21 +55,21 @@ def exponential_recurrence(eps: float = EPS) -> Recurrence:
     """
 
     def emit(inputs: Exponential, state: ExponentialState, reset: Bool[Array, "C"]) -> Array:
-        query, log_input = _wide(inputs.query), _wide(inputs.log_input)
-        log_forget = jnp.where(reset, -jnp.inf, _wide(inputs.log_forget))  # nothing before a reset reaches beyond it
+        query, log_input = wide(inputs.query), wide(inputs.log_input)
+        log_forget = jnp.where(reset, -jnp.inf, wide(inputs.log_forget))  # nothing before a reset reaches beyond it
         reach = jnp.cumsum(log_forget) + state.log_max
         inside = sums_between(log_forget) + log_input[None]
         log_max = larger(reach, _maxima(inside, log_forget, log_input))
-        carried = _weight(reach, log_max)
+        log_carried = _under(reach, log_max)
         scores = compat.wide_einsum("ik,jk->ij", inputs.query, inputs.key) * _weight(inside, log_max[:, None])
         values = inputs.value
         memory = compat.wide_einsum("ij,jv->iv", scores.astype(jnp.result_type(inputs.key, values)), values)
-        memory += carried[:, None] * (query @ state.memory)
-        normaliser = jnp.sum(scores, axis=1) + carried * (query @ state.normaliser)
-        return _normalise(memory, normaliser[:, None], log_max[:, None], eps)
+        memory += read_decayed(query, log_carried[:, None], state.memory)
+        normaliser = jnp.sum(scores, axis=1) + jnp.exp(log_carried) * (query @ state.normaliser)
+        return _normalise(memory, normaliser, log_max, eps)
 
     def read(state: ExponentialState, inputs: Exponential) -> Array:
-        query = _wide(inputs.query)
+        query = wide(inputs.query)
         return _normalise(query @ state.memory, query @ state.normaliser, state.log_max, eps)
 
     return Recurrence(
@@ -95,10 +96,6 @@ def empty_state(batch: tuple[int, ...], key_size: int, value_size: int, dtype: A
 
 def _empty_like(state: ExponentialState) -> ExponentialState:
     return jax.tree.map(jnp.zeros_like, state)._replace(log_max=jnp.full_like(state.log_max, -jnp.inf))
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def larger(a: Array, b: Array) -> Array:
@@ -133,21 +130,25 @@ def _maxima(
 
 def _weight(log: Array, log_max: Array) -> Array:
     """exp(log - log_max), both <= log_max, and 0 where the maximum of nothing is -inf; gradients there are 0 too."""
-    return jnp.exp(log - jnp.where(log_max == -jnp.inf, 0, log_max))
+    return jnp.exp(_under(log, log_max))
+
+
+def _under(log: Array, log_max: Array) -> Array:
+    return log - jnp.where(log_max == -jnp.inf, 0, log_max)
 
 
 def _normalise(memory: Array, normaliser: Array, log_max: Array, eps: float) -> Array:
     """memory / (max(|normaliser|, exp(-m)) + eps), both sides times exp(min(m, 0)): exp(-m) itself overflows."""
     scale = jnp.exp(jnp.minimum(log_max, 0))
     floor = jnp.exp(-jnp.maximum(log_max, 0))
-    return memory * scale / (jnp.maximum(jnp.abs(normaliser) * scale, floor) + eps * scale)
+    return weigh(memory, scale / (jnp.maximum(jnp.abs(normaliser) * scale, floor) + eps * scale))
 
 
 def _element(inputs: Exponential) -> ExponentialElement:
-    log_input, key = _wide(inputs.log_input), _wide(inputs.key)
+    log_input, key = wide(inputs.log_input), wide(inputs.key)
     normaliser = jnp.where(log_input == -jnp.inf, 0, key)  # an empty element is 0 throughout
-    memory = normaliser[:, None] * _wide(inputs.value)[None]
-    return ExponentialElement(_wide(inputs.log_forget), ExponentialState(log_input, normaliser, memory))
+    memory = normaliser[:, None] * wide(inputs.value)[None]
+    return ExponentialElement(wide(inputs.log_forget), ExponentialState(log_input, normaliser, memory))
 
 
 def _act(element: ExponentialElement, state: ExponentialState) -> ExponentialState:
@@ -161,12 +162,13 @@ def _act(element: ExponentialElement, state: ExponentialState) -> ExponentialSta
 
 def _fold(inputs: Exponential, reset: Bool[Array, "C"]) -> ExponentialElement:
     kept = since_last_reset(reset)
-    log_forget = jnp.where(kept, _wide(inputs.log_forget), 0)
-    log_weight = jnp.where(kept, after_each(log_forget) + _wide(inputs.log_input), -jnp.inf)
+    log_forget = jnp.where(kept, wide(inputs.log_forget), 0)
+    log_weight = jnp.where(kept, after_each(log_forget) + wide(inputs.log_input), -jnp.inf)
     log_max = _largest(log_weight)
-    key = _wide(inputs.key) * _weight(log_weight, log_max)[:, None]
-    memory = compat.wide_einsum("ck,cv->kv", key.astype(jnp.result_type(inputs.key, inputs.value)), inputs.value)
-    return ExponentialElement(jnp.sum(log_forget), ExponentialState(log_max, jnp.sum(key, axis=0), memory))
+    log_weight = _under(log_weight, log_max)
+    memory = write_decayed(inputs.key, inputs.value, log_weight[:, None])
+    normaliser = jnp.exp(log_weight) @ wide(inputs.key)
+    return ExponentialElement(jnp.sum(log_forget), ExponentialState(log_max, normaliser, memory))
 
 
 def mlstm_scan(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array
 
+from seqmodels.operators.chunk_loop import chunk_loop
 from seqmodels.scan import Recurrence, scan, sharded_scan
 from seqmodels.scan.auto import choose
 from seqmodels.scan.chunked import DEFAULT_CHUNK, TOKENS_AT_ONCE, scan_chunks, span
@@ -19,8 +17,7 @@ from seqmodels.scan.recurrence import settle, take
 from seqmodels.typing import Segments
 
 METHODS = ("auto", "sequential", "associative", "chunked", "pallas")
-BLOCK_BYTES = 2**22  # inputs of the heads that a CPU works on at once: they and what is made of them stay in its caches
-SPAN_BYTES = 2**25  # inputs that a CPU works on at once: with fewer some families get slower, with more memory grows
+BLOCK_BYTES = 2**23  # states and inputs of chunks that a CPU works on at once, with what is made of them
 
 
 def check_method(method: str, chunk: int | None = None, *, also: tuple[str, ...] = ()) -> None:
@@ -56,12 +53,11 @@ def run_family(
     chunk: int | None,
     sequence_axis: str | None,
     heads: Any = None,
-    in_blocks: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a family's recurrence over inputs `[B, T, ...]`; `heads` maps one row's scan over its heads.
 
-    `in_blocks`: on CPUs the chunk form takes a few heads at a time; for families of products only, which two cores do
-    not share. Raises ValueError where `method` cannot serve the family.
+
+    Raises ValueError where `method` cannot serve the family.
     """
     check_method(method, chunk)
     if method == "pallas":
@@ -82,66 +78,28 @@ def run_family(
     every = lambda row: jax.vmap(row if heads is None else heads(row))
     reset, valid = (None, None) if segments is None else segments
     if method == "chunked" and recurrence.emit is not None and sequence_axis is None:
-        run = functools.partial(_in_spans, recurrence, every, chunk=chunk or DEFAULT_CHUNK)
-        if in_blocks and jax.default_backend() == "cpu":
-            return _in_blocks(run, inputs, state, reset, valid)
-        return run(inputs, state, reset, valid)
+        chunk = chunk or DEFAULT_CHUNK
+        return _in_spans(recurrence, every, inputs, state, reset, valid, chunk=chunk, heads=heads is not None)
     return every(row)(inputs, state, reset, valid)
 
 
-def _in_blocks(run: Callable[..., Any], inputs: Any, state: Any, reset: Any, valid: Any) -> tuple[Any, Any]:
-    """`run` for a few heads of a row, or for a few rows, at a time: as many as BLOCK_BYTES of inputs belong to.
-
-    Inputs are [B, T, H, ...] and states [B, H, ...].
-    """
-    leaves = jax.tree.leaves(inputs)
-    rows, length, heads = leaves[0].shape[:3]
-    fitting = BLOCK_BYTES * rows * heads // sum(x.size * x.dtype.itemsize for x in leaves)
-    many = _divisor(heads, fitting)
-    few = _divisor(rows, fitting // heads) if many == heads else 1
-    if (few, many) == (rows, heads):
-        return run(inputs, state, reset, valid)
-
-    def cut(x: Array) -> Array:
-        """[B, H, ...] as [blocks, few, many, ...]."""
-        split = x.reshape(rows // few, few, heads // many, many, *x.shape[2:])
-        return jnp.swapaxes(split, 1, 2).reshape(-1, few, many, *x.shape[2:])
-
-    def join(x: Array) -> Array:
-        split = x.reshape(rows // few, heads // many, *x.shape[1:])
-        return jnp.swapaxes(split, 1, 2).reshape(rows, heads, *x.shape[3:])
-
-    def body(_: Any, block: Any) -> Any:
-        inputs, state, masks = block
-        inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), inputs)
-        outputs, state = run(inputs, state, *(None if mask is None else mask[:, 0] for mask in masks))
-        return (), (jax.tree.map(lambda y: jnp.moveaxis(y, 2, 1), outputs), state)
-
-    inputs = jax.tree.map(lambda x: cut(jnp.moveaxis(x, 2, 1)), inputs)
-    every_head = lambda mask: cut(jnp.broadcast_to(mask[:, None], (rows, heads, length)))
-    masks = tuple(None if mask is None else every_head(mask) for mask in (reset, valid))
-    outputs, state = lax.scan(body, (), (inputs, jax.tree.map(cut, state), masks))[1]
-    return jax.tree.map(lambda y: jnp.moveaxis(join(y), 1, 2), outputs), jax.tree.map(join, state)
-
-
-def _divisor(whole: int, most: int) -> int:
-    """The largest divisor that is at most `most`, and 1 at least."""
-    return max(n for n in range(1, whole + 1) if whole % n == 0 and n <= max(1, most))
-
-
 def _in_spans(
-    recurrence: Recurrence, every: Callable[..., Any], inputs: Any, state: Any, reset: Any, valid: Any, *, chunk: int
+    recurrence: Recurrence,
+    every: Callable[..., Any],
+    inputs: Any,
+    state: Any,
+    reset: Any,
+    valid: Any,
+    *,
+    chunk: int,
+    heads: bool,
 ) -> tuple[Any, Any]:
-    """`scan(method="chunked")` of all rows and heads, a span of tokens of all of them at a time.
+    """`scan(method="chunked")` of all rows and heads, a span of tokens of all of them at a time; on CPUs as many as
+    belong to BLOCK_BYTES.
 
     A loop over spans inside of `jax.vmap` copies every array into another order first, and its spans fill the memory.
     """
-    leaves = jax.tree.leaves((inputs, reset, valid))
-    length = leaves[0].shape[1]
-    tokens = TOKENS_AT_ONCE
-    if jax.default_backend() == "cpu":
-        tokens = min(tokens, SPAN_BYTES * length // sum(x.size * x.dtype.itemsize for x in leaves))
-    size = chunk * max(1, min(length, tokens) // chunk)
+    length = jax.tree.leaves(inputs)[0].shape[1]
 
     def first(inputs: Any, state: Any, reset: Any, valid: Any) -> tuple[Any, Any]:
         return jnp.zeros(1), settle(recurrence, take(inputs, 0), state)[0]
@@ -151,5 +109,36 @@ def _in_spans(
         return every(run)(xs[0], state, *xs[1:])[::-1]
 
     state = every(first)(inputs, state, reset, valid)[1]
-    state, outputs = scan_chunks(body, state, (inputs, reset, valid), length, size, axis=1)
+    xs = (inputs, reset, valid)
+    if on_cpu():
+        state, outputs = chunk_loop(body, state, xs, **_at_once(recurrence, state, inputs, chunk, heads=heads))
+    else:
+        size = chunk * max(1, min(length, TOKENS_AT_ONCE) // chunk)
+        state, outputs = scan_chunks(body, state, xs, length, size, axis=1)
     return outputs, state
+
+
+def on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _at_once(recurrence: Recurrence, state: Any, inputs: Any, chunk: int, *, heads: bool) -> dict[str, Any]:
+    """Of how many rows, tokens and heads states and inputs have BLOCK_BYTES: a chunk of some rows and heads, or where
+    those of all are fewer several chunks, if these are taken side by side."""
+    leaves = jax.tree.leaves(inputs)
+    rows, length = leaves[0].shape[:2]
+    across = leaves[0].shape[2] if heads else 1
+    taken = lambda xs: sum(x.size * x.dtype.itemsize for x in xs)
+    every = taken(jax.tree.leaves(state)) + taken(leaves) * min(chunk, length) // length  # of one chunk
+    fitting = BLOCK_BYTES * rows * across // every
+    many = _divisor(across, fitting)
+    few = _divisor(rows, fitting // across) if many == across else 1
+    tokens = chunk * max(1, min(BLOCK_BYTES // every, TOKENS_AT_ONCE // chunk))
+    if recurrence.sweep is not None:
+        tokens = chunk
+    return {"rows": few, "chunk": tokens, "heads": many if heads else None}
+
+
+def _divisor(whole: int, most: int) -> int:
+    """The largest divisor that is at most `most`, and 1 at least."""
+    return max(n for n in range(1, whole + 1) if whole % n == 0 and n <= max(1, most))

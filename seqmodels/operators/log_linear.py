@@ -11,9 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from seqmodels import compat
+from seqmodels.operators.decayed import decayed_scores, wide
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import run_family
-from seqmodels.operators.outer import decayed_scores
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
 
@@ -67,16 +67,12 @@ def log_linear_recurrence() -> Recurrence:
     )
 
 
-def _f32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _kind(inputs: LogLinear) -> Any:
     return jnp.result_type(inputs.key, inputs.value, jnp.float32)
 
 
 def _log_decay(inputs: LogLinear) -> Array:
-    return jnp.zeros(inputs.jump.shape, _kind(inputs)) if inputs.log_decay is None else _f32(inputs.log_decay)
+    return jnp.zeros(inputs.jump.shape, _kind(inputs)) if inputs.log_decay is None else wide(inputs.log_decay)
 
 
 def _place(level: Int[Array, "*N"], first: int, count: int, kind: Any) -> Float[Array, "*N L"]:
@@ -85,7 +81,7 @@ def _place(level: Int[Array, "*N"], first: int, count: int, kind: Any) -> Float[
 
 
 def _element(inputs: LogLinear) -> LogLinearElement:
-    written = _f32(inputs.key)[:, None] * _f32(inputs.value)[None]
+    written = wide(inputs.key)[:, None] * wide(inputs.value)[None]
     place = _place(inputs.jump, 1, inputs.scale.shape[0] - 1, written.dtype)
     return LogLinearElement(inputs.jump, _log_decay(inputs), place[:, None, None] * written[None])
 
@@ -99,9 +95,9 @@ def _act(element: LogLinearElement, state: Array) -> Array:
 
 
 def _read(state: Array, inputs: LogLinear) -> Array:
-    query, scale = _f32(inputs.query), _f32(inputs.scale)
+    query, scale = wide(inputs.query), wide(inputs.scale)
     earlier = jnp.exp(_log_decay(inputs)) * (scale[1:] @ (query @ state))
-    return earlier + scale[0] * jnp.dot(query, _f32(inputs.key)) * _f32(inputs.value)
+    return earlier + scale[0] * jnp.dot(query, wide(inputs.key)) * wide(inputs.value)
 
 
 def _neutral(inputs: LogLinear) -> LogLinear:
@@ -110,7 +106,7 @@ def _neutral(inputs: LogLinear) -> LogLinear:
 
 
 def _emit(inputs: LogLinear, state: Array, reset: Bool[Array, "C"]) -> Array:
-    scale, log_decay, segment = _f32(inputs.scale), _log_decay(inputs), jnp.cumsum(reset.astype(jnp.int32))
+    scale, log_decay, segment = wide(inputs.scale), _log_decay(inputs), jnp.cumsum(reset.astype(jnp.int32))
     length, levels = scale.shape
 
     # levels[t, s]: the largest jump from s to t, whose weight is the hierarchical mask M^H
@@ -125,7 +121,7 @@ def _emit(inputs: LogLinear, state: Array, reset: Bool[Array, "C"]) -> Array:
     # what was at level l before the chunk is at the largest of l and the jumps since
     seen = jnp.maximum(jnp.arange(1, levels)[None], lax.cummax(last)[:, None])
     weight = _weights(scale, seen)
-    query = _f32(inputs.query) * jnp.exp(jnp.cumsum(log_decay))[:, None]
+    query = wide(inputs.query) * jnp.exp(jnp.cumsum(log_decay))[:, None]
     queries = (weight[:, :, None] * query[:, None]).reshape(length, -1)
     carried = queries @ state.reshape(-1, state.shape[-1])
     return inside + jnp.where(segment[:, None] == 0, carried, 0)
@@ -140,7 +136,7 @@ def _fold(inputs: LogLinear, reset: Bool[Array, "C"]) -> LogLinearElement:
     kept = since_last_reset(reset)
     log_decay = jnp.where(kept, _log_decay(inputs), 0)
     level = lax.cummax(jnp.where(kept, inputs.jump, 0), reverse=True)  # where the step after the chunk finds each
-    key = jnp.where(kept[:, None], _f32(inputs.key) * jnp.exp(after_each(log_decay))[:, None], 0)
+    key = jnp.where(kept[:, None], wide(inputs.key) * jnp.exp(after_each(log_decay))[:, None], 0)
     place = _place(level, 1, inputs.scale.shape[1] - 1, key.dtype)
     keys = (place[:, :, None] * key[:, None]).astype(jnp.result_type(inputs.key, inputs.value))
     memory = compat.wide_einsum("tnk,tv->nkv", keys, inputs.value)

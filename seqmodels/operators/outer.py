@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
 from seqmodels.operators import kernels
-from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
+from seqmodels.operators.decayed import decayed_scores, read_decayed, wide, write_decayed
+from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
@@ -50,11 +51,11 @@ def outer_recurrence(*, read_before: bool = False) -> Recurrence:
         return inside + jnp.where(segment[:, None] == 0, carried, 0)
 
     return Recurrence(
-        elements=lambda x: OuterElement(_log_decay(x), _f32(x.key)[:, None] * _f32(x.value)[None]),
+        elements=lambda x: OuterElement(_log_decay(x), wide(x.key)[:, None] * wide(x.value)[None]),
         combine=lambda a, b: OuterElement(a.log_decay + b.log_decay, _act(b, a.memory)),
         identity=lambda e: jax.tree.map(jnp.zeros_like, e),
         act=_act,
-        read=lambda s, x: _f32(x.query) @ s,
+        read=lambda s, x: wide(x.query) @ s,
         read_before=read_before,
         initial=lambda x: jnp.zeros((*x.key.shape, *x.value.shape), jnp.result_type(x.key, x.value, jnp.float32)),
         neutral=_neutral,
@@ -63,14 +64,10 @@ def outer_recurrence(*, read_before: bool = False) -> Recurrence:
     )
 
 
-def _f32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _log_decay(inputs: Outer) -> Array:
     if inputs.log_decay is None:
         return jnp.zeros((1,), jnp.result_type(inputs.key, jnp.float32))
-    return _f32(jnp.atleast_1d(inputs.log_decay))
+    return wide(jnp.atleast_1d(inputs.log_decay))
 
 
 def _log_decays(inputs: Outer) -> Array:
@@ -89,63 +86,8 @@ def _neutral(inputs: Outer) -> Outer:
 def _fold(inputs: Outer, reset: Bool[Array, "C"]) -> OuterElement:
     kept = since_last_reset(reset)[:, None]
     log_decay = jnp.where(kept, _log_decays(inputs), 0)
-    key, value, weight = inputs.key, inputs.value, jnp.where(kept, jnp.exp(after_each(log_decay)), 0)
-    both = jnp.result_type(key, value)
-    if log_decay.shape[1] == 1:  # as in `read_decayed`
-        value = (_f32(value) * weight).astype(both)
-    else:
-        key = (_f32(key) * weight).astype(both)
-    memory = compat.wide_einsum("ck,cv->kv", key, value)
-    return OuterElement(jnp.sum(log_decay, axis=0), memory)
-
-
-def read_decayed(query: Float[Array, "C K"], reach: Float[Array, "C #K"], state: Float[Array, "K V"]) -> Array:
-    """query^T Diag(exp(reach)) state of every step. A scalar decay is put on the outcome: one product then serves
-    all heads that share their queries."""
-    if reach.shape[1] == 1:
-        return (_f32(query) @ state) * jnp.exp(reach)
-    return (_f32(query) * jnp.exp(reach)) @ state
-
-
-def decayed_scores(
-    query: Float[Array, "C K"],
-    key: Float[Array, "C K"],
-    log_decay: Float[Array, "C #K"],
-    *,
-    inclusive: bool = True,
-) -> Float[Array, "C C"]:
-    """scores[i, j] = sum_k q_ik k_jk exp(sum of log_decay_sk over j < s <= i) for j <= i, and 0 above the diagonal.
-
-    `inclusive` False leaves step i itself out: s < i, and j < i. Blocks are merged pairwise: what leads from j to
-    i is the sum from j to its block's end and from i's block's start to i, so every exponent is a sum of logs <= 0 and
-    nothing is subtracted: exact to rounding and free of overflow for any decay, where exp(-cumsum) overflows. A scalar
-    decay takes one product for all scores, which heads with the same queries and keys share.
-    """
-    length = query.shape[0]
-    if log_decay.shape[1] == 1:
-        decay = jnp.exp(sums_between(log_decay[:, 0], inclusive=inclusive))
-        return compat.wide_einsum("ik,jk->ij", query, key) * decay
-    padded = 1 << (length - 1).bit_length()
-    fill = lambda x: jnp.pad(x, ((0, padded - length), (0, 0)))[:, None]
-    query, key, log_decay = fill(query), fill(key), fill(log_decay)
-    scores = jnp.sum(_f32(query) * _f32(key), axis=2, keepdims=True)
-    scores = scores if inclusive else jnp.zeros_like(scores)
-    reach = log_decay if inclusive else jnp.zeros_like(log_decay)  # from the block's start to each step
-    rest = jnp.zeros_like(log_decay)  # from after each step to the block's end
-    total = log_decay
-    while scores.shape[0] > 1:
-        first, second = (lambda x: x[0::2]), (lambda x: x[1::2])
-        late = (second(query) * jnp.exp(second(reach))).astype(query.dtype)
-        early = (first(key) * jnp.exp(first(rest))).astype(key.dtype)
-        across = compat.wide_einsum("nik,njk->nij", late, early)
-        upper = jnp.concatenate([first(scores), jnp.zeros_like(across)], axis=2)
-        lower = jnp.concatenate([across, second(scores)], axis=2)
-        scores = jnp.concatenate([upper, lower], axis=1)
-        reach = jnp.concatenate([first(reach), first(total) + second(reach)], axis=1)
-        rest = jnp.concatenate([first(rest) + second(total), second(rest)], axis=1)
-        total = first(total) + second(total)
-        query, key = (x.reshape(-1, 2 * x.shape[1], x.shape[2]) for x in (query, key))
-    return scores[0, :length, :length]
+    rest = jnp.where(kept, after_each(log_decay), -jnp.inf)
+    return OuterElement(jnp.sum(log_decay, axis=0), write_decayed(inputs.key, inputs.value, rest))
 
 
 def gated_linear_attention(
@@ -216,7 +158,6 @@ def gated_linear_attention(
         chunk=chunk,
         sequence_axis=sequence_axis,
         heads=over_heads,
-        in_blocks=True,
     )
     out = out.reshape(value.shape)
     if bonus is not None:
@@ -246,5 +187,5 @@ def normalised_linear_attention(
 def _own_steps(query: Array, key: Array, value: Array, bonus: Array, segments: Segments | None) -> Array:
     if segments is not None:  # padding may hold anything
         query, key, value = (jnp.where(segments.valid[..., None, None], x, 0) for x in (query, key, value))
-    pairs = jnp.repeat(_f32(query) * _f32(key), value.shape[2] // key.shape[2], axis=2)
-    return jnp.einsum("bthk,hk->bth", pairs, bonus)[..., None] * _f32(value)
+    pairs = jnp.repeat(wide(query) * wide(key), value.shape[2] // key.shape[2], axis=2)
+    return jnp.einsum("bthk,hk->bth", pairs, bonus)[..., None] * wide(value)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels.operators import kernels
+from seqmodels.operators.decayed import wide
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -40,37 +42,51 @@ def selective_recurrence(a: Float[Array, "D N"]) -> Recurrence:
     A span decays by exp(A * the sum of its dt), so an element holds elapsed time, [D], in place of decays, [D, N]. With
     A <= 0 and dt >= 0 exponents are sums of terms <= 0: any step size is exact to rounding.
     """
-    rates = _wide(a).T
-
-    def decay(elapsed: Array) -> Array:
-        return jnp.exp(rates * elapsed[None])
+    rates = wide(a).T
+    decay = functools.partial(_decay, rates)
 
     def elements(inputs: Selective) -> SelectiveElement:
-        dt = _wide(inputs.dt)
-        return SelectiveElement(dt, _wide(inputs.b)[:, None] * (dt * _wide(inputs.x))[None])
+        dt = wide(inputs.dt)
+        return SelectiveElement(dt, jnp.einsum("n,d->nd", wide(inputs.b), dt * wide(inputs.x)))
 
     def act(element: SelectiveElement, state: Array) -> Array:
         return decay(element.elapsed) * state + element.drive
 
     def fold(inputs: Selective, reset: Bool[Array, "C"]) -> SelectiveElement:
-        dt = jnp.where(since_last_reset(reset)[:, None], _wide(inputs.dt), 0)
-        weighted = jax.vmap(decay)(after_each(dt)) * (dt * _wide(inputs.x))[:, None]
-        return SelectiveElement(jnp.sum(dt, axis=0), jnp.sum(weighted * _wide(inputs.b)[..., None], axis=0))
+        dt = jnp.where(since_last_reset(reset)[:, None], wide(inputs.dt), 0)
+        weighted = jax.vmap(decay)(after_each(dt)) * (dt * wide(inputs.x))[:, None]
+        return SelectiveElement(jnp.sum(dt, axis=0), jnp.sum(weighted * wide(inputs.b)[..., None], axis=0))
 
     return Recurrence(
         elements=elements,
         combine=lambda s, e: SelectiveElement(s.elapsed + e.elapsed, act(e, s.drive)),
         identity=lambda e: jax.tree.map(jnp.zeros_like, e),
         act=act,
-        read=lambda h, x: jnp.sum(_wide(x.c)[:, None] * h, axis=0),
+        read=lambda h, x: jnp.einsum("n,nd->d", wide(x.c), h),
         initial=lambda x: jnp.zeros((*x.b.shape, *x.x.shape), jnp.result_type(rates, *x)),
         neutral=lambda x: x._replace(dt=jnp.zeros_like(x.dt)),
         fold=fold,
     )
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+@jax.custom_vjp
+def _decay(rates: Float[Array, "N D"], elapsed: Float[Array, "D"]) -> Float[Array, "N D"]:
+    """exp(rates * elapsed)."""
+    return jnp.exp(rates * elapsed[None])
+
+
+def _decay_forward(rates: Array, elapsed: Array) -> tuple[Array, tuple[Array, ...]]:
+    decay = jnp.exp(rates * elapsed[None])
+    return decay, (rates, elapsed, decay)
+
+
+def _decay_backward(given: tuple[Array, ...], gradient: Array) -> tuple[Array, Array]:
+    rates, elapsed, decay = given
+    gradient = gradient * decay
+    return gradient * elapsed[None], jnp.ones(len(rates), rates.dtype) @ (gradient * rates)
+
+
+_decay.defvjp(_decay_forward, _decay_backward)
 
 
 def selective_scan(
@@ -127,5 +143,5 @@ def selective_scan(
         after = after.swapaxes(1, 2)
     if d is not None:
         seen = x if segments is None else jnp.where(segments.valid[..., None], x, 0)  # padding may be NaN
-        y = y + _wide(d)[None, None] * _wide(seen)
+        y = y + wide(d)[None, None] * wide(seen)
     return y.astype(x.dtype), after

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
+from seqmodels.operators.decayed import decayed_scores, wide
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import each_head, run_family
-from seqmodels.operators.outer import OuterElement, decayed_scores
+from seqmodels.operators.outer import OuterElement
 from seqmodels.scan import Recurrence
 from seqmodels.typing import Segments
 
@@ -39,7 +40,7 @@ def trapezoid_recurrence() -> Recurrence:
     """
 
     def emit(inputs: Trapezoid, state: Array, reset: Bool[Array, "C"]) -> Array:
-        log_decay = _wide(inputs.log_decay)[:, None]
+        log_decay = wide(inputs.log_decay)[:, None]
         steps, segment = jnp.arange(reset.shape[0]), jnp.cumsum(reset.astype(jnp.int32))
         ones = jnp.ones_like(log_decay)
         decay = decayed_scores(ones, ones, log_decay)  # [C, C], zero above the diagonal
@@ -52,12 +53,12 @@ def trapezoid_recurrence() -> Recurrence:
         value = inputs.value.reshape(-1, inputs.value.shape[-1])
         inside = compat.wide_einsum("ij,jv->iv", scores.astype(value.dtype), value)
         reach = jnp.where(segment == 0, jnp.exp(jnp.cumsum(log_decay[:, 0])), 0)
-        carried = (_wide(query) @ state) * jnp.repeat(reach, rank)[:, None]
+        carried = (wide(query) @ state) * jnp.repeat(reach, rank)[:, None]
         return (inside + carried).reshape(inputs.value.shape)
 
     def read(state: Array, x: Trapezoid) -> Array:
-        own = jnp.einsum("rk,sk,sv->rv", *map(_wide, (x.query, x.key, x.value)))
-        return jnp.exp(_wide(x.log_decay)) * (_wide(x.query) @ state) + x.now * own
+        own = jnp.einsum("rk,sk,sv->rv", *map(wide, (x.query, x.key, x.value)))
+        return jnp.exp(wide(x.log_decay)) * (wide(x.query) @ state) + x.now * own
 
     return Recurrence(
         elements=lambda x: fold(jax.tree.map(lambda y: y[None], x), jnp.zeros(1, bool)),
@@ -81,15 +82,11 @@ def act(element: OuterElement, state: Array) -> Array:
 def fold(inputs: Trapezoid, reset: Bool[Array, "C"]) -> OuterElement:
     """A chunk's element since its last reset."""
     kept = since_last_reset(reset)
-    log_decay = jnp.where(kept, _wide(inputs.log_decay), 0)
+    log_decay = jnp.where(kept, wide(inputs.log_decay), 0)
     weight = jnp.where(kept, (inputs.now + inputs.later) * jnp.exp(after_each(log_decay)), 0)
-    key = _wide(inputs.key) * weight[:, None, None]
+    key = wide(inputs.key) * weight[:, None, None]
     memory = compat.wide_einsum("crk,crv->kv", key.astype(inputs.key.dtype), inputs.value)
     return OuterElement(jnp.sum(log_decay)[None], memory)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class LastToken(NamedTuple):
@@ -139,7 +136,7 @@ def trapezoidal_scan(
         nexts = jnp.concatenate([firsts[1:], jnp.zeros_like(firsts[:1])])
         first, after_span = firsts[0], nexts[jax.lax.axis_index(sequence_axis)]
     later = jnp.concatenate([before[:, 1:], after_span[:, None]], axis=1)
-    pending = jnp.einsum("bhrk,bhrv->bhkv", _wide(last.key), _wide(last.value))
+    pending = jnp.einsum("bhrk,bhrv->bhkv", wide(last.key), wide(last.value))
     out, memory = run_family(
         "outer",
         trapezoid_recurrence(),

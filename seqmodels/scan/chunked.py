@@ -136,6 +136,10 @@ def _span(
         return zero_invalid(reads(inputs, state, _as_bools(reset, inputs)), valid)
 
     def side_by_side(state: Tree, xs: tuple[Tree, Any, Any], size: int) -> tuple[Tree, Tree]:
+        if recurrence.sweep is not None and jax.tree.leaves(xs)[0].shape[0] == size:
+            inputs, reset, valid = xs
+            after, outputs = recurrence.sweep(inputs, state, _as_bools(reset, inputs))
+            return cast_like(after, state), zero_invalid(outputs, valid)
         inputs, reset, valid = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), xs)
         elements = jax.vmap(functools.partial(chunk_element, recurrence))(inputs, reset, valid)
         if elements[0].shape[0] == 1:

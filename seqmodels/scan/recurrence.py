@@ -30,6 +30,7 @@ class Recurrence(NamedTuple):
         update(x, s) == act(elements(x), s)
         fold(xs, reset) == the combine of the steps since the last reset
         emit(xs, s, reset) == the reads of the steps, from s
+        sweep(xs, s, reset) == (the state after the steps, emit(xs, s, reset))
 
     Decays are natural logs in the elements; `combine` takes the earlier span first.
     """
@@ -61,6 +62,9 @@ class Recurrence(NamedTuple):
     """`(inputs of a chunk, reset) -> element`: the chunk's element since its last reset."""
     emit: Callable[[Tree, Tree, jax.Array], Tree] | None = None
     """`(inputs of a chunk, state, reset) -> outputs`; segments that start inside begin from `initial`."""
+    sweep: Callable[[Tree, Tree, jax.Array], tuple[Tree, Tree]] | None = None
+    """`(inputs of a chunk, state, reset) -> (state, outputs)`: `fold`, `act` and `emit` at once, where these share work
+    or an element costs more than the state; runs where one chunk is taken at a time."""
 
 
 def take(tree: Tree, index: Any) -> Tree:

@@ -59,7 +59,7 @@ def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert row["copy_gb_s"] == row["rates"]["copy"] / 1e9  # measured once
     assert {(row["family"], row["implementation"]) for row in rows if "note" in row} == {
         ("outer, a decay per head", "Pallas"),
-        ("outer, a decay per head", kernels.PER_CORE),
+        ("outer, a decay per head", "XLA chunked" + kernels.PER_CORE),
         ("outer, a decay per head", "associative_scan"),
         ("diagonal", "Pallas"),
     }
@@ -134,7 +134,7 @@ def test_long_scans_on_a_cpu_say_what_they_leave_out() -> None:
     )
     found = kernels._functions(FAMILIES[0], MATRICES[0])
     assert found["associative_scan"] == "left out: the states of all steps alone are 51.5 GB"
-    assert callable(found[kernels.PER_CORE])
+    assert callable(found["XLA chunked" + kernels.PER_CORE])
     (delta,) = (family for family in FAMILIES if family.name == "delta, gated")
     assert kernels._functions(delta, MATRICES[3])["associative_scan"] == (
         "left out: needs K x K transitions of all steps and their products, 2.1 GB with states"

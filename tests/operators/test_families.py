@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from seqmodels.operators import diagonal_scan, gated_linear_attention
+from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention
 from seqmodels.operators import family as families
 from seqmodels.operators.exponential import mlstm_scan
 from seqmodels.typing import Segments
@@ -244,16 +244,21 @@ def _depth(program: Any) -> int:
 
 @pytest.mark.parametrize(
     ("family", "block", "loops"),
-    [("outer", 40_000, 2), ("outer", 0, 2), ("exponential", 0, 1)],
-    ids=["outer, a row", "outer, a group of heads", "exponential, all"],
-)
+    [
+        ("outer", 0, 2), ("outer", 8_000, 2), ("outer", 10**6, 3), ("outer", None, 2),
+        ("exponential", 0, 2), ("exponential", 10**6, 3), ("exponential", None, 2),
+        ("delta", 0, 3), ("delta", 10**6, 3), ("delta", None, 2),
+    ],
+)  # fmt: skip
 def test_parts_of_the_work_equal_a_token_at_a_time(
-    family: str, block: int, loops: int, monkeypatch: pytest.MonkeyPatch
+    family: str, block: int | None, loops: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four groups of four chunks side by side, then a chunk and half a chunk, of some heads at a time: values, states
-    and gradients."""
+    """A chunk of one group of heads at a time, of one row, or four chunks of all side by side; then the rest of the
+    row, which ends in half a chunk: values, states and gradients. None: as on accelerators."""
     monkeypatch.setattr(families, "TOKENS_AT_ONCE", 16)
     monkeypatch.setattr(families, "BLOCK_BYTES", block)
+    if block is None:
+        monkeypatch.setattr(families, "on_cpu", lambda: False)
     query, key, value, _ = _qkv()
     gates = jax.random.normal(jax.random.key(5), (2, B, T, H))
     log_decay = -jnp.exp(gates[0] - 2)
@@ -261,6 +266,9 @@ def test_parts_of_the_work_equal_a_token_at_a_time(
     def run(query: Any, key: Any, value: Any, log_decay: Any, log_input: Any, **options: Any) -> Any:
         if family == "outer":
             return gated_linear_attention(query, key, value, log_decay, segments=_segments(), **options)
+        if family == "delta":
+            beta = jax.nn.sigmoid(log_input)
+            return delta_rule(query, key / 3, value, beta, log_decay, segments=_segments(), **options)
         query, key = (jnp.repeat(x, H // G, axis=2) for x in (query, key))
         return mlstm_scan(query * K**-0.5, key, value, log_input, log_decay, segments=_segments(), **options)
 
@@ -273,6 +281,6 @@ def test_parts_of_the_work_equal_a_token_at_a_time(
     with jax.enable_x64(True):
         inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (query, key, value, log_decay, gates[1]))
         program = jax.make_jaxpr(functools.partial(run, method="chunked", chunk=4))(*inputs)
-        assert _depth(program.jaxpr) == loops + 1  # over blocks, over groups of chunks, over the states in one
+        assert _depth(program.jaxpr) == loops  # over blocks, over chunks, over states side by side or rows
         found, expected = grad(method="chunked", chunk=4)(*inputs), grad(method="sequential")(*inputs)
         chex.assert_trees_all_close(found, expected, rtol=ROUNDING_64, atol=ROUNDING_64)
