@@ -46,7 +46,8 @@ def test_rows_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     timed = [row for row in rows if "note" not in row]
     assert [(row["family"], row["implementation"]) for row in timed] == [
         ("outer, a decay per head", "XLA chunked"),
-        *(("diagonal", name) for name in ("XLA auto", "XLA sequential", "XLA chunked", "associative_scan")),
+        *(("diagonal", name) for name in ("XLA auto", "XLA sequential", "XLA chunked", "XLA auto" + kernels.PER_CORE)),
+        ("diagonal", "associative_scan"),
     ]
     for row in timed:
         assert all(row[key] is not None for key in KEYS)
