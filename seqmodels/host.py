@@ -20,11 +20,20 @@ def keep_freed_memory() -> bool:
     model's. The commands of `experiments` call this; a script of your own calls it before anything else. The process
     then stays as large as it ever was.
     """
-    if sys.platform != "linux":
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    library = _glibc()
+    if library is None:
         return False
     settings = (ONE_ARENA, NOTHING_MAPPED, NEVER_TRIMMED, TAKEN_AT_ONCE)
     done = [library.mallopt(parameter, value) == 1 for parameter, value in settings]
     return all(done)
+
+
+def return_freed_memory() -> bool:
+    """Gives the system what was kept so far; False where the C library is not glibc, or has nothing to give."""
+    library = _glibc()
+    return library is not None and library.malloc_trim(0) == 1
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "gnu_get_libc_version") else None

@@ -47,8 +47,31 @@ def test_memory_that_was_freed_is_kept() -> None:
     pytest.fail(f"{without} pages a run from the system without, {found} with")
 
 
+RETURNED = """
+import os
+from pathlib import Path
+from seqmodels.host import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+import numpy as np
+held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+x = np.ones(2**25)
+del x
+kept = held()
+print(return_freed_memory(), kept - held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_kept_memory_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    returned, size = done.stdout.split()
+    assert returned == "True"
+    assert int(size) > 0.9 * 8 * 2**25
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from seqmodels import host
 
     monkeypatch.setattr(host.ctypes, "CDLL", lambda name: object())
     assert not host.keep_freed_memory()
+    assert not host.return_freed_memory()

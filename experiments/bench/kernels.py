@@ -19,6 +19,7 @@ from experiments.bench.case import Function, Row
 from experiments.bench.kernels_cases import Family, Shape, cases, of_all_steps, structs, with_gradients
 from experiments.bench.kernels_gate import Alone, Gate, Results, loop_of, order
 from experiments.bench.measure import Compiled, Quartiles, Work, compiled, rates, side_by_side, size_of
+from seqmodels.host import return_freed_memory
 from seqmodels.operators.kernels import on_hopper
 from seqmodels.typing import Segments
 
@@ -49,6 +50,7 @@ def rows(
     memory.there()  # before anything is taken
     rates(kind)  # some gigabytes on an accelerator
     for family, shape in chosen:
+        return_freed_memory()  # in pieces of other sizes, and not all of it can be taken again
         yield from _measured(family, shape, kind, seed, {} if others is None else others.get(family.name, {}))
 
 
