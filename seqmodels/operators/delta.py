@@ -189,7 +189,9 @@ def delta_rule(
     keys and beta in [0, 2] nothing grows (2411.12537: beyond 1, along k, eigenvalues are negative). Outside of it the
     recurrence may grow by |1 - beta |k|^2| a step; every method then follows it until float32 overflows.
     With G groups, head h uses query and key h // (H / G). Outputs have the type of `value`, states are at least
-    float32. `segments` None: one document a row, which continues `state`. Raises ValueError on shapes that do not fit.
+    float32. `segments` None: one document a row, which continues `state`. The chunk form has gradients of its own,
+    which forward-mode differentiation alone does not pass; `sequential` does. Raises ValueError on shapes that do not
+    fit.
     """
     groups, heads = query.shape[2], value.shape[2]
     expected = (*value.shape[:3],)

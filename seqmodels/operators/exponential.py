@@ -190,7 +190,8 @@ def mlstm_scan(
     The query's scale (K^-1/2 in the papers) is the caller's. `log_input` is the pre-activation of an exponential input
     gate, `log_forget` <= 0 the log-sigmoid of the forget gate's; both may be -inf. Outputs have the type of `value`,
     the state [B, H], [B, H, K], [B, H, K, V] is at least float32. `segments` None: one document a row, which continues
-    `state`. Raises ValueError on shapes that do not fit.
+    `state`. The chunk form has gradients of its own, which forward-mode differentiation alone does not pass;
+    `sequential` does. Raises ValueError on shapes that do not fit.
     """
     batch, _, heads, size = query.shape
     gates = (log_input.shape, log_forget.shape)

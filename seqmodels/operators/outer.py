@@ -108,7 +108,8 @@ def gated_linear_attention(
     `log_decay` [B, T, H] decays a head, [B, T, H, K] a key; None: no decay (linear attention). It must be <= 0, and may
     be -inf. With G groups, head h uses query and key h // (H / G). With `bonus` u (RWKV-6, 2404.05892) the output is
     q_t^T (S_{t-1} + diag(u) k_t v_t^T) instead. Outputs have the type of `value`, states are at least float32.
-    `segments` None: one document a row, which continues `state`. Raises ValueError on shapes that do not fit.
+    `segments` None: one document a row, which continues `state`. The chunk form has gradients of its own, which
+    forward-mode differentiation alone does not pass; `sequential` does. Raises ValueError on shapes that do not fit.
     """
     groups, heads = query.shape[2], value.shape[2]
     expected = (*value.shape[:3],)

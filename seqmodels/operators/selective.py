@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,10 @@ def selective_recurrence(a: Float[Array, "D N"]) -> Recurrence:
     A <= 0 and dt >= 0 exponents are sums of terms <= 0: any step size is exact to rounding.
     """
     rates = wide(a).T
-    decay = functools.partial(_decay, rates)
+    ones = jnp.ones(len(rates), rates.dtype)
+
+    def decay(elapsed: Array) -> Array:  # an outer product, so that the gradient of `elapsed` is one with `ones`
+        return jnp.exp(rates * jnp.einsum("d,n->nd", elapsed, ones))
 
     def elements(inputs: Selective) -> SelectiveElement:
         dt = wide(inputs.dt)
@@ -67,26 +69,6 @@ def selective_recurrence(a: Float[Array, "D N"]) -> Recurrence:
         neutral=lambda x: x._replace(dt=jnp.zeros_like(x.dt)),
         fold=fold,
     )
-
-
-@jax.custom_vjp
-def _decay(rates: Float[Array, "N D"], elapsed: Float[Array, "D"]) -> Float[Array, "N D"]:
-    """exp(rates * elapsed)."""
-    return jnp.exp(rates * elapsed[None])
-
-
-def _decay_forward(rates: Array, elapsed: Array) -> tuple[Array, tuple[Array, ...]]:
-    decay = jnp.exp(rates * elapsed[None])
-    return decay, (rates, elapsed, decay)
-
-
-def _decay_backward(given: tuple[Array, ...], gradient: Array) -> tuple[Array, Array]:
-    rates, elapsed, decay = given
-    gradient = gradient * decay
-    return gradient * elapsed[None], jnp.ones(len(rates), rates.dtype) @ (gradient * rates)
-
-
-_decay.defvjp(_decay_forward, _decay_backward)
 
 
 def selective_scan(
