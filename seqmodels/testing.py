@@ -33,8 +33,8 @@ def check_recurrence(
 ) -> None:
     """Checks every law of a recurrence on inputs `[T, ...]`, T >= 4; AssertionError names the law that fails.
 
-    Associativity, identity, action; `update`, `neutral`, `fold` and `emit` where given (with resets at every kind of
-    place); for a non-associative recurrence, that the static tree equals the counter. Catches errors of one part in a
+    Associativity, identity, action; `update`, `neutral`, `fold`, `emit` and `sweep` where given (with resets at every
+    kind of place); for a non-associative recurrence, that the static tree equals the counter. Catches errors of one part in a
     thousand. What no law can see (wrong `elements`, `read` or `initial`) needs `reference`: the outputs and the final
     state that an independent computation gives from `state`.
     """

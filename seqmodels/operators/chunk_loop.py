@@ -33,7 +33,7 @@ def chunk_loop(
 
     `lax.scan` brings every array into the order of its steps before, and every result back after it, and each such copy
     takes as long as a product or two. The gradient keeps what came in and the state before each chunk, and goes through
-    each chunk again; forward-mode differentiation does not pass.
+    each chunk again; of several parts, forward-mode differentiation does not pass.
     """
     state, xs = compat.vary_alike((state, xs))
     leaves, tree = jax.tree.flatten(xs)
@@ -43,7 +43,7 @@ def chunk_loop(
     else:
         cut = _Cut((batch, length, max(leaves, key=jnp.ndim).shape[2]), (rows, min(chunk, length), heads))
     if cut.whole == cut.part:
-        return body(state, xs)
+        return jax.checkpoint(body, prevent_cse=False)(state, xs)
     inexact = [bool(jnp.issubdtype(x.dtype, jnp.inexact)) for x in leaves]
     arrays, masks = ([x for x, kind in zip(leaves, inexact, strict=True) if kind == own] for own in (True, False))
 

@@ -15,6 +15,12 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def exact(subscripts: str, a: Array, b: Array) -> Array:
+    """A sum of products, without what accelerators round in matrix products. In a loop on a CPU it is ten times as fast
+    as `jnp.sum(a * b)`."""
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 @jax.custom_vjp
 def read_decayed(query: Float[Array, "C K"], reach: Float[Array, "C #K"], state: Float[Array, "K V"]) -> Array:
     """query^T Diag(exp(reach)) state of every step. A scalar decay is put on the outcome: one product then serves
@@ -41,7 +47,7 @@ def _read_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, .
         decayed = decayed * decay
         d_query = jnp.einsum("iv,kv->ik", gradient, state) * decay
     d_state = jnp.einsum("ik,iv->kv", decayed, gradient)
-    return d_query.astype(query.dtype), _of_decay(wide(query), d_query, reach), d_state
+    return d_query.astype(query.dtype), _of_decay(wide(query), d_query, reach), d_state.astype(state.dtype)
 
 
 read_decayed.defvjp(_read_forward, _read_backward)
@@ -84,17 +90,13 @@ write_decayed.defvjp(_write_forward, _write_backward)
 
 def _of_decay(x: Float[Array, "C K"], gradient: Float[Array, "C K"], log: Float[Array, "C #K"]) -> Array:
     """The gradient of the logs of the decays that `x` comes with."""
-    return _inner(x, gradient)[:, None] if log.shape[1] == 1 else x * gradient
-
-
-def _inner(x: Float[Array, "*C K"], y: Float[Array, "*C K"]) -> Float[Array, "*C"]:
-    """Every row's inner product. In a loop XLA sums a product of arrays on CPUs ten times as slowly as it does this."""
-    return jnp.einsum("...k,...k->...", x, y)
+    found = exact("ik,ik->i", x, gradient)[:, None] if log.shape[1] == 1 else x * gradient
+    return found.astype(log.dtype)
 
 
 def weigh(x: Float[Array, "*C K"], weight: Float[Array, "*C"]) -> Float[Array, "*C K"]:
     """Every row times its weight, as an outer product with ones: the gradient of the weight is then a product too."""
-    return x * jnp.einsum("...,k->...k", weight, jnp.ones(x.shape[-1], x.dtype))
+    return x * exact("...,k->...k", weight, jnp.ones(x.shape[-1], x.dtype))
 
 
 def decayed_scores(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
 from seqmodels.operators import kernels
-from seqmodels.operators.decayed import read_decayed, weigh, wide, write_decayed
+from seqmodels.operators.decayed import exact, read_decayed, weigh, wide, write_decayed
 from seqmodels.operators.diagonal import after_each, since_last_reset, sums_between
 from seqmodels.operators.family import each_head, run_family
 from seqmodels.scan import Recurrence
@@ -167,7 +167,7 @@ def _fold(inputs: Exponential, reset: Bool[Array, "C"]) -> ExponentialElement:
     log_max = _largest(log_weight)
     log_weight = _under(log_weight, log_max)
     memory = write_decayed(inputs.key, inputs.value, log_weight[:, None])
-    normaliser = jnp.exp(log_weight) @ wide(inputs.key)
+    normaliser = exact("c,ck->k", jnp.exp(log_weight), wide(inputs.key))
     return ExponentialElement(jnp.sum(log_forget), ExponentialState(log_max, normaliser, memory))
 
 

@@ -56,7 +56,6 @@ def run_family(
 ) -> tuple[Any, Any]:
     """Runs a family's recurrence over inputs `[B, T, ...]`; `heads` maps one row's scan over its heads.
 
-
     Raises ValueError where `method` cannot serve the family.
     """
     check_method(method, chunk)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels.operators import kernels
-from seqmodels.operators.decayed import wide
+from seqmodels.operators.decayed import exact, wide
 from seqmodels.operators.diagonal import after_each, since_last_reset
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -45,11 +45,11 @@ def selective_recurrence(a: Float[Array, "D N"]) -> Recurrence:
     ones = jnp.ones(len(rates), rates.dtype)
 
     def decay(elapsed: Array) -> Array:  # an outer product, so that the gradient of `elapsed` is one with `ones`
-        return jnp.exp(rates * jnp.einsum("d,n->nd", elapsed, ones))
+        return jnp.exp(rates * exact("d,n->nd", elapsed, ones))
 
     def elements(inputs: Selective) -> SelectiveElement:
         dt = wide(inputs.dt)
-        return SelectiveElement(dt, jnp.einsum("n,d->nd", wide(inputs.b), dt * wide(inputs.x)))
+        return SelectiveElement(dt, exact("n,d->nd", wide(inputs.b), dt * wide(inputs.x)))
 
     def act(element: SelectiveElement, state: Array) -> Array:
         return decay(element.elapsed) * state + element.drive
@@ -64,7 +64,7 @@ def selective_recurrence(a: Float[Array, "D N"]) -> Recurrence:
         combine=lambda s, e: SelectiveElement(s.elapsed + e.elapsed, act(e, s.drive)),
         identity=lambda e: jax.tree.map(jnp.zeros_like, e),
         act=act,
-        read=lambda h, x: jnp.einsum("n,nd->d", wide(x.c), h),
+        read=lambda h, x: exact("n,nd->d", wide(x.c), h),
         initial=lambda x: jnp.zeros((*x.b.shape, *x.x.shape), jnp.result_type(rates, *x)),
         neutral=lambda x: x._replace(dt=jnp.zeros_like(x.dt)),
         fold=fold,

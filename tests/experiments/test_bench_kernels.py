@@ -8,7 +8,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -299,3 +301,22 @@ def test_memory_is_compiled_for_each_length(monkeypatch: pytest.MonkeyPatch) -> 
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"no shape contains any of 7x7: there are outer, a decay per head 1x8192x96"):
         next(kernels.rows(quick=False, seed=0, shapes=("7x7",)))
+
+
+@pytest.mark.parametrize("name", ["outer, a decay per head", "diagonal", "selective"])
+def test_a_device_a_core_computes_the_same(name: str) -> None:
+    """Heads or channels divided, what all share on every device; values and gradients."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    shape = kernels_cases.QUICK.get(name, SMALL)[0]
+    functions = kernels._functions(family, shape)
+    arrays = tuple(jnp.asarray(x) for x in family.inputs(np.random.default_rng(0), shape))
+    plain = f"XLA {family.methods[0]}"
+
+    def both(name: str) -> Any:
+        function: Any = functions[name]
+        loss = lambda *x: sum(jnp.sum(jnp.sin(y)) for y in function(*x))
+        return jax.jit(lambda *x: (function(*x), jax.grad(loss, tuple(range(len(x))))(*x)))(
+            *kernels._placed(family, name, arrays)
+        )
+
+    chex.assert_trees_all_close(both(plain + kernels.PER_CORE), both(plain), rtol=1e-4, atol=1e-4)

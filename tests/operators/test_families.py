@@ -15,7 +15,7 @@ from jax.test_util import check_grads
 
 from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention
 from seqmodels.operators import family as families
-from seqmodels.operators.exponential import mlstm_scan
+from seqmodels.operators.exponential import ExponentialState, mlstm_scan
 from seqmodels.typing import Segments
 
 # float32 rounding (6e-8) over 70 steps with sums of 8 products.
@@ -284,3 +284,32 @@ def test_parts_of_the_work_equal_a_token_at_a_time(
         assert _depth(program.jaxpr) == loops  # over blocks, over chunks, over states side by side or rows
         found, expected = grad(method="chunked", chunk=4)(*inputs), grad(method="sequential")(*inputs)
         chex.assert_trees_all_close(found, expected, rtol=ROUNDING_64, atol=ROUNDING_64)
+
+
+@pytest.mark.parametrize("wide", ["inputs", "gates", "state"])
+@pytest.mark.parametrize("family", ["outer", "delta", "exponential"])
+def test_gradients_have_the_types_of_what_they_belong_to(family: str, wide: str) -> None:
+    """Where one is float64 and the rest float32; the values are those of a token at a time."""
+    query, key, value, _ = _qkv()
+    query, key = (jnp.repeat(x, H // G, axis=2) for x in (query, key))
+    given = {"inputs": (query / 3, key / 3, value), "gates": -jnp.exp(jax.random.normal(jax.random.key(5), (B, T, H)))}
+    given["state"] = jax.random.normal(jax.random.key(6), (B, H, K, V))
+
+    def loss(given: Any, method: str) -> Any:
+        gates, state, options = given["gates"], given["state"], {"method": method, "chunk": 16}
+        if family == "outer":
+            out, after = gated_linear_attention(*given["inputs"], gates, state, **options)
+        elif family == "delta":
+            out, after = delta_rule(*given["inputs"], jnp.exp(gates), gates, state, **options)
+        else:
+            empty = jnp.zeros((B, H)), jnp.zeros((B, H, K))
+            out, after = mlstm_scan(*given["inputs"], gates, gates, ExponentialState(*empty, state), **options)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves((out, after)))
+
+    with jax.enable_x64(True):
+        given |= {wide: jax.tree.map(lambda x: x.astype(jnp.float64), given[wide])}
+        slopes = [jax.jit(jax.grad(functools.partial(loss, method=m))) for m in ("chunked", "sequential")]
+        found, expected = (slope(given) for slope in slopes)
+    chex.assert_trees_all_equal_dtypes(found, given)
+    largest = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=ROUNDING * largest)
