@@ -34,9 +34,9 @@ def check_recurrence(
     """Checks every law of a recurrence on inputs `[T, ...]`, T >= 4; AssertionError names the law that fails.
 
     Associativity, identity, action; `update`, `neutral`, `fold`, `emit` and `sweep` where given (with resets at every
-    kind of place); for a non-associative recurrence, that the static tree equals the counter. Catches errors of one part in a
-    thousand. What no law can see (wrong `elements`, `read` or `initial`) needs `reference`: the outputs and the final
-    state that an independent computation gives from `state`.
+    kind of place); for a non-associative recurrence, that the static tree equals the counter. Catches errors of one
+    part in a thousand. What no law can see (wrong `elements`, `read` or `initial`) needs `reference`: the outputs and
+    the final state that an independent computation gives from `state`.
     """
     length = jax.tree.leaves(inputs)[0].shape[0]
     if length < 4:
