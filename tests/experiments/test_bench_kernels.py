@@ -307,7 +307,7 @@ def test_errors() -> None:
 def test_a_device_a_core_computes_the_same(name: str) -> None:
     """Heads or channels divided, what all share on every device; values and gradients."""
     (family,) = (family for family in FAMILIES if family.name == name)
-    shape = kernels_cases.QUICK.get(name, SMALL)[0]
+    shape = kernels_cases.QUICK.get(name, (Shape(1, 80, jax.device_count(), 8),))[0]
     functions = kernels._functions(family, shape)
     arrays = tuple(jnp.asarray(x) for x in family.inputs(np.random.default_rng(0), shape))
     plain = f"XLA {family.methods[0]}"
