@@ -21,20 +21,24 @@ def exact(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_vjp
 def read_decayed(query: Float[Array, "C K"], reach: Float[Array, "C #K"], state: Float[Array, "K V"]) -> Array:
     """query^T Diag(exp(reach)) state of every step. A scalar decay is put on the outcome: one product then serves
     all heads that share their queries.
 
     As a query's entry comes with its decay, the gradient of `reach` is query * d_query, without another product.
     """
+    return _read(*compat.vary_alike((query, reach, state)))  # decays may be constants, whose gradients are not
+
+
+@jax.custom_vjp
+def _read(query: Array, reach: Array, state: Array) -> Array:
     if reach.shape[1] == 1:
         return (wide(query) @ state) * jnp.exp(reach)
     return (wide(query) * jnp.exp(reach)) @ state
 
 
 def _read_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    return read_decayed(*inputs), inputs
+    return _read(*inputs), inputs
 
 
 def _read_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
@@ -50,13 +54,17 @@ def _read_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, .
     return d_query.astype(query.dtype), _of_decay(wide(query), d_query, reach), d_state.astype(state.dtype)
 
 
-read_decayed.defvjp(_read_forward, _read_backward)
+_read.defvjp(_read_forward, _read_backward)
 
 
-@jax.custom_vjp
 def write_decayed(key: Float[Array, "C K"], value: Float[Array, "C V"], rest: Float[Array, "C #K"]) -> Array:
     """sum_j Diag(exp(rest_j)) key_j value_j^T, [K, V]; as in `read_decayed`, a scalar decay goes to the values, and the
     gradient of `rest` is key * d_key."""
+    return _write(*compat.vary_alike((key, value, rest)))
+
+
+@jax.custom_vjp
+def _write(key: Array, value: Array, rest: Array) -> Array:
     key, value = _decayed(key, value, rest)
     return compat.wide_einsum("ck,cv->kv", key, value)
 
@@ -69,7 +77,7 @@ def _decayed(key: Array, value: Array, rest: Array) -> tuple[Array, Array]:
 
 
 def _write_forward(*inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    return write_decayed(*inputs), inputs
+    return _write(*inputs), inputs
 
 
 def _write_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
@@ -85,7 +93,7 @@ def _write_backward(inputs: tuple[Array, ...], gradient: Array) -> tuple[Array, 
     return d_key.astype(key.dtype), d_value.astype(value.dtype), _of_decay(wide(key), d_key, rest)
 
 
-write_decayed.defvjp(_write_forward, _write_backward)
+_write.defvjp(_write_forward, _write_backward)
 
 
 def _of_decay(x: Float[Array, "C K"], gradient: Float[Array, "C K"], log: Float[Array, "C #K"]) -> Array:
