@@ -61,15 +61,16 @@ def side_by_side(
     """Times of every run, taken in turn so that a busy machine slows all of them alike, from another one on each time.
 
     Each gets `least` to `most` turns, as many as fit into about `budget` seconds for each; one where a turn of some run
-    takes over half a minute. One of less than a second runs once more before its turn: what ran before leaves its data
-    in the caches, and gigabytes that it had in the allocator's hands.
+    takes over half a minute. One whose first call took less than a second runs once more before each turn: what ran
+    before leaves its data in the caches, and gigabytes that it had in the allocator's hands.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     # the first call warms up; one that takes seconds need not be repeated to know how long it takes
     first = {name: seconds_of(run) for name, run in runs.items()}
     slowest = max(taken if taken > WARM else seconds_of(runs[name]) for name, taken in first.items())
     names = list(runs)
-    for turn in range(1 if slowest > SLOW else int(np.clip(budget / max(slowest, 1e-9), least, most))):
+    taken = slowest if max(first.values()) >= BRIEF else 2 * slowest
+    for turn in range(1 if slowest > SLOW else int(np.clip(budget / max(taken, 1e-9), least, most))):
         begin = turn % len(names)
         for name in names[begin:] + names[:begin]:
             if first[name] < BRIEF:

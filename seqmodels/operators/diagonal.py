@@ -92,8 +92,8 @@ def diagonal_scan(
     `log_decay` of `[D]` is fixed over time; `elapsed` [B, T] then scales it step by step (irregular samples; default
     1). Real parts must be <= 0. `segments` None: one document a row, which continues `state`. With `sequence_axis`,
     inside `shard_map`, T is this device's span. On CPUs `auto` takes steps that are given one by one in a loop with a
-    gradient of its own, which forward-mode differentiation alone does not pass; `sequential` does. Raises ValueError on
-    shapes that do not fit.
+    gradient of its own, which forward-mode differentiation alone does not pass, nor does it pass `chunked` over long
+    rows; `sequential` it does. Raises ValueError on shapes that do not fit.
     """
     fixed, length = log_decay.ndim == 1, drive.shape[1]
     decay = log_decay

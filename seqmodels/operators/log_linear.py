@@ -166,7 +166,9 @@ def log_linear_attention(
 
     L levels serve documents of 2^(L-1) tokens, beyond which the output is NaN. The state holds the N = L - 1 buckets
     that the next token sees. `state` None: every position counts from this call's first token, or from a start in it.
-    Types and `segments` as in `gated_linear_attention`. Raises ValueError on shapes that do not fit.
+    Types and `segments` as in `gated_linear_attention`. On CPUs the chunk form of a long row has a gradient of its own,
+    which forward-mode differentiation alone does not pass; `sequential` does. Raises ValueError on shapes that do not
+    fit.
     """
     batch, length, heads, size = value.shape
     groups, levels = query.shape[2], scale.shape[-1]

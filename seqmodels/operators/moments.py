@@ -115,8 +115,9 @@ def running_moments(
 
     The statistics of a timestep norm (arXiv 2404.08801): at step t over the t D / groups values of the own document,
     the own step included. Results are at least float32; squares of what differs from the first value must not overflow
-    (1e19 in float32). `state` None starts at nothing; `segments` None: one document
-    a row, which continues `state`. Raises ValueError on shapes that do not fit.
+    (1e19 in float32). `state` None starts at nothing; `segments` None: one document a row, which continues `state`. On
+    CPUs the chunk form of a long row has a gradient of its own, which forward-mode differentiation alone does not pass;
+    `sequential` does. Raises ValueError on shapes that do not fit.
     """
     if x.ndim != 3 or groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"running_moments takes x [B, T, D] with groups dividing D, not {x.shape} and groups={groups}")

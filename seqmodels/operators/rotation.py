@@ -59,7 +59,8 @@ def running_angles(
     """phi_t = phi_{t-1} + turns_t without whole turns, over a batch: `(phi [B, T, D], state [B, D])`, at least float32.
 
     A plain sum of a million steps would be off by a hundredth of a turn in float32. `segments` None: one document a
-    row, which continues `state`. Raises ValueError on shapes that do not fit.
+    row, which continues `state`. On CPUs the chunk form of a long row has a gradient of its own, which forward-mode
+    differentiation alone does not pass; `sequential` does. Raises ValueError on shapes that do not fit.
     """
     if turns.ndim != 3 or (state is not None and state.shape != (turns.shape[0], turns.shape[2])):
         raise ValueError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqmodels import compat
+from seqmodels.operators.decayed import wide
 from seqmodels.operators.diagonal import since_last_reset
 from seqmodels.operators.family import each_head, run_family
 from seqmodels.scan import Recurrence
@@ -63,7 +64,7 @@ def softmax_recurrence() -> Recurrence:
     """
 
     def emit(inputs: Scored, state: Softmax, reset: Bool[Array, "C"]) -> Array:
-        score, value = _wide(inputs.score), _seen(inputs)
+        score, value = wide(inputs.score), _seen(inputs)
         segment = jnp.cumsum(reset.astype(jnp.int32))
         steps = jnp.arange(score.shape[0])
         seen = (segment[:, None] == segment[None]) & (steps[:, None] >= steps[None])
@@ -78,7 +79,7 @@ def softmax_recurrence() -> Recurrence:
         )
 
     def fold(inputs: Scored, reset: Bool[Array, "C"]) -> Softmax:
-        score = jnp.where(since_last_reset(reset), _wide(inputs.score), -jnp.inf)
+        score = jnp.where(since_last_reset(reset), wide(inputs.score), -jnp.inf)
         maximum = _base(jnp.max(score))
         weights, total = softmax_of(score, maximum)
         value = _seen(inputs)
@@ -96,10 +97,6 @@ def softmax_recurrence() -> Recurrence:
     )
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _base(maximum: Array) -> Array:
     """A gradient through a maximum could be lost: a fused backward pass recomputes operands with other roundings."""
     return jax.lax.stop_gradient(maximum)
@@ -115,8 +112,8 @@ def _seen(x: Scored) -> Float[Array, "*C V"]:
 
 
 def _element(x: Scored) -> Softmax:
-    score = _wide(x.score)
-    return Softmax(score, (~jnp.isneginf(score)).astype(score.dtype), _wide(_seen(x)))
+    score = wide(x.score)
+    return Softmax(score, (~jnp.isneginf(score)).astype(score.dtype), wide(_seen(x)))
 
 
 def _nothing(like: Softmax) -> Softmax:
@@ -135,9 +132,10 @@ def softmax_scan(
 ) -> tuple[Float[Array, "B T H V"], Softmax]:
     """out_t = the mean of value_1..t under softmax(score_1..t), for a batch of heads: `(out, state)`.
 
-    Attention with one query per head as a recurrence with a state of V + 2 numbers. Scores are finite or -inf.
-    Outputs have the type of `value`, the state ([B, H], [B, H], [B, H, V]) is at least float32. `segments` None: one
-    document a row, which continues `state`. Raises ValueError on shapes that do not fit.
+    Attention with one query per head as a recurrence with a state of V + 2 numbers. Scores are finite or -inf. Outputs
+    have the type of `value`, the state ([B, H], [B, H], [B, H, V]) is at least float32. `segments` None: one document a
+    row, which continues `state`. On CPUs the chunk form of a long row has a gradient of its own, which forward-mode
+    differentiation alone does not pass; `sequential` does. Raises ValueError on shapes that do not fit.
     """
     if value.ndim != 4 or score.shape != value.shape[:3]:
         raise ValueError(f"softmax_scan takes score [B, T, H] and value [B, T, H, V], not {score.shape}, {value.shape}")

@@ -117,7 +117,9 @@ def trapezoidal_scan(
     share lambda and log a = A dt, now = lambda dt and before = (1 - lambda) dt are the trapezoidal rule. U_{t-1} is of
     the same document, zero at its start. Rather than as a second drive it enters with U_{t-1} itself: G_t = S_t +
     before_{t+1} U_t is a recurrence with one drive of rank R, whose last step lacks the term that the next call adds.
-    `log_decay` <= 0. Outputs have the type of `value`, states are at least float32. Raises ValueError on shapes.
+    `log_decay` <= 0. Outputs have the type of `value`, states are at least float32. On CPUs the chunk form of a long
+    row has a gradient of its own, which forward-mode differentiation alone does not pass; `sequential` does. Raises
+    ValueError on shapes.
     """
     expected = (*key.shape[:3], *key.shape[3:])
     shapes = [x.shape for x in (query, key, value, log_decay, now, before)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels import compat
+from seqmodels.operators.decayed import exact
 
 
 @jax.custom_jvp
@@ -23,7 +22,6 @@ def inverse_of_unit_lower(lower: Float[Array, "C C"]) -> Float[Array, "C C"]:
     padded = 1 << (length - 1).bit_length()
     size = min(16, padded)
     lower = jnp.pad(lower, (0, padded - length))
-    exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     blocks = _diagonal_blocks(lower, size)
 
     def substitute(inverse: Array, t: Array) -> tuple[Array, None]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from seqmodels import compat
+from seqmodels.operators.decayed import wide
 from seqmodels.operators.exponential import larger
 from seqmodels.operators.family import run_family
 from seqmodels.scan import Recurrence
@@ -47,12 +48,12 @@ def wkv_recurrence(log_decay: Float[Array, "D"], bonus: Float[Array, "D"]) -> Re
     """
 
     def element(inputs: Weighted) -> WKVElement:
-        key, value = _wide(inputs.key), _wide(inputs.value)
-        decay = compat.vary_over(_wide(log_decay), compat.varying_axes(key))
+        key, value = wide(inputs.key), wide(inputs.value)
+        decay = compat.vary_over(wide(log_decay), compat.varying_axes(key))
         return WKVElement(decay, WKVState(key, value, jnp.ones_like(value)))
 
     def read(state: WKVState, inputs: Weighted) -> Array:
-        now = WKVState(_wide(inputs.key) + _wide(bonus), _wide(inputs.value), jnp.ones_like(_wide(inputs.value)))
+        now = WKVState(wide(inputs.key) + wide(bonus), wide(inputs.value), jnp.ones_like(wide(inputs.value)))
         # A ratio does not depend on what both its sides are scaled by: the maximum is a constant to its gradient.
         log_max = jax.lax.stop_gradient(jnp.maximum(state.log_max, now.log_max))
         both = _sum(state, now, log_max)
@@ -73,10 +74,6 @@ def empty_wkv(batch: tuple[int, ...], size: int, dtype: Any = jnp.float32) -> WK
     """What a document starts from, in at least float32."""
     zeros = jnp.zeros((*batch, size), jnp.promote_types(dtype, jnp.float32))
     return WKVState(jnp.full_like(zeros, -jnp.inf), zeros, zeros)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _nothing_like(state: WKVState) -> WKVState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import chex
@@ -93,7 +94,55 @@ def test_the_gradient_of_a_gradient() -> None:
         chex.assert_trees_all_close(twice(looped), twice(by_hand), rtol=ROUNDING_64, atol=ROUNDING_64)
 
 
-def test_a_device_for_each_part_of_the_heads() -> None:
+def test_a_batch_of_them() -> None:
+    """`jax.vmap` over everything, what the body closes over and the mask included."""
+
+    def slopes(run: Any) -> Any:
+        given = [jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), part) for part in arrays(False)]
+
+        def loss(weight: Any, state: Any, steps: Any, of_outputs: Any, mask: Any) -> Any:
+            state, outputs = run(weight, state, steps, mask, rows=2, chunk=4)
+            return jnp.sum(jnp.cos(state)) + jnp.sum(outputs["out"] * of_outputs)
+
+        return jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1, 2))))(*given)
+
+    with jax.enable_x64(True):
+        chex.assert_trees_all_close(slopes(looped), slopes(by_hand), rtol=ROUNDING_64, atol=ROUNDING_64)
+
+
+def test_a_state_with_whole_numbers() -> None:
+    """A count beside the state has no gradient and stops none."""
+
+    def counting(weight: Any, state: Any, steps: Any, mask: Any, run: Any) -> Any:
+        body = lambda state, xs: (
+            (body_of(weight)(state[0], xs)[0], state[1] + jnp.sum(xs[1], axis=1)),
+            body_of(weight)(state[0], xs)[1]["out"] * (1 + state[1])[:, None, None],
+        )
+        return run(body, (state, jnp.zeros(B, int)), (steps, mask))
+
+    def in_python(body: Any, state: Any, xs: Any) -> Any:
+        outputs = []
+        for start in range(0, T, 4):
+            state, out = body(state, jax.tree.map(lambda x: x[:, start : start + 4], xs))  # noqa: B023
+            outputs.append(out)
+        return state, jnp.concatenate(outputs, 1)
+
+    def slopes(run: Any) -> Any:
+        weight, state, steps, of_outputs, mask = arrays(False)
+
+        def loss(*given: Any) -> Any:
+            (state, count), out = counting(*given, mask, run)
+            return jnp.sum(jnp.cos(state)) + jnp.sum(out * of_outputs), count
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(weight, state, steps)
+
+    with jax.enable_x64(True):
+        loop = functools.partial(chunk_loop, rows=2, chunk=4)
+        chex.assert_trees_all_close(slopes(loop), slopes(in_python), rtol=ROUNDING_64, atol=ROUNDING_64)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_device_for_each_part_of_the_heads(check_vma: bool) -> None:
     """What the body closes over is on all devices: its gradient is the sum of theirs."""
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     over = P(None, None, "heads")
@@ -101,7 +150,8 @@ def test_a_device_for_each_part_of_the_heads() -> None:
     def spread(weight: Any, state: Any, steps: Any, mask: Any, **cut: Any) -> Any:
         run = lambda *given: looped(*given, **cut)
         specs = (P(), P(None, "heads"), over, P())
-        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(P(None, "heads"), over))(
+        out_specs = (P(None, "heads"), over)
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)(
             weight, state, steps, mask
         )
 

@@ -281,7 +281,7 @@ def test_parts_of_the_work_equal_a_token_at_a_time(
     with jax.enable_x64(True):
         inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (query, key, value, log_decay, gates[1]))
         program = jax.make_jaxpr(functools.partial(run, method="chunked", chunk=4))(*inputs)
-        assert _depth(program.jaxpr) == loops  # over blocks, over chunks, over states side by side or rows
+        assert _depth(program.jaxpr) == loops  # over blocks, chunks, and the states of some or a solve's rows
         found, expected = grad(method="chunked", chunk=4)(*inputs), grad(method="sequential")(*inputs)
         chex.assert_trees_all_close(found, expected, rtol=ROUNDING_64, atol=ROUNDING_64)
 
