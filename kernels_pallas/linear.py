@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, turned, whole_chunks
+from kernels_pallas.manual import pallas_call
 from kernels_pallas.planes import Planes, exp, joined, pick, planes_of, plus, times, wide
 
 WIDTHS = (512, 256, 128)  # channels of a block, the first that divides them; all of them else
@@ -141,7 +142,7 @@ def _forward(log_decay: Any, drive: Any, state: Any, segment: Any, chunk: int, i
     logs, drives = planes_of(g), planes_of(x)
     initial = [plane[:, None].astype(jnp.float32) for plane in planes_of(state)]
     count = len(drives)
-    found = pl.pallas_call(
+    found = pallas_call(
         functools.partial(_forward_kernel, count),
         grid=blocks.grid,
         in_specs=[*[blocks.steps] * (2 * count), blocks.documents, *[blocks.state] * count],
@@ -193,7 +194,7 @@ def _backward(chunk: int, interpret: Any, residuals: Any, gradients: Any) -> Any
     planes = [planes_of(part) for part in (g, x, d_out)]
     count = len(planes[0])
     ends = [plane[:, None].astype(jnp.float32) for plane in planes_of(d_last)]
-    found = pl.pallas_call(
+    found = pallas_call(
         functools.partial(_backward_kernel, count),
         grid=blocks.grid,
         in_specs=[

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, sums_between, turned, whole_chunks
+from kernels_pallas.manual import pallas_call
 
 
 class Form(NamedTuple):
@@ -104,7 +105,7 @@ def check(
         "state": (state.shape, (batch, heads, size, value.shape[3])),
         "segment": (segment.shape, (batch, length)),
     }
-    uneven = [f"{groups} groups of queries for {heads} heads of values"] if heads % groups else []
+    uneven = [f"{groups} groups of queries for {heads} heads of values"] if not groups or heads % groups else []
     check_shapes(f"{name} with query {query.shape}", shapes, uneven)
 
 
@@ -213,7 +214,7 @@ class Blocks:
         return jax.ShapeDtypeStruct((self.batch, self.heads, *sizes), dtype)
 
     def call(self, kernel: Any, name: str, inputs: list[Any], outputs: list[Any], interpret: Any) -> Any:
-        return pl.pallas_call(
+        return pallas_call(
             kernel,
             grid=self.grid,
             in_specs=inputs,

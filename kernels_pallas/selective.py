@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import selective_kernels
 from kernels_pallas.chunks import CHUNK, VMEM, check_shapes, documents_of, whole_chunks
+from kernels_pallas.manual import pallas_call
 from kernels_pallas.selective_kernels import LANES, ROWS
 
 WIDTHS = (256, 128)  # channels of a block, the first that divides them and keeps a chunk's states within STATES
@@ -140,7 +141,7 @@ class _Blocks:
         return jax.ShapeDtypeStruct((self.batch, *sizes), jnp.float32)
 
     def call(self, kernel: Any, name: str, inputs: list[Any], outputs: list[Any], scratch: Any, interpret: Any) -> Any:
-        return pl.pallas_call(
+        return pallas_call(
             kernel,
             grid=(self.batch, self.chunks, self.channels // self.width),
             in_specs=inputs,

@@ -1,4 +1,4 @@
-"""The places where jax 0.10 and 0.12, or tracing inside and outside `shard_map`, differ."""
+"""The places where jax 0.10 and 0.12, devices, or tracing inside and outside `shard_map`, differ."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def device() -> Any:
+    """What a program is made for: the abstract mesh's device where one is set, else jax's default."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    default = jax.config.jax_default_device
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return abstract or default or jax.devices()[0]
+
+
+def on_cpu() -> bool:
+    return device().platform == "cpu"
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -45,6 +58,6 @@ def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     Accelerators multiply bfloat16 operands as they are; XLA for CPU lacks such dots in some shapes, and widens first.
     """
     wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         a, b = a.astype(wide), b.astype(wide)
     return jnp.einsum(subscripts, a, b, preferred_element_type=wide)

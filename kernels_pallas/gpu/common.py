@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.manual import varying
+
 CHUNK = 64  # steps, the rows of a `wgmma`
 BLOCK = 64  # columns that a program has to itself
 SIZES = (64, 128, 256)  # of heads: whole blocks, and a state of at most 128 registers of a thread
@@ -130,7 +132,7 @@ def launch(
 ) -> Callable[..., Any]:
     """The kernel over a grid with named axes; `interpret`: parameters of Mosaic GPU's interpreter, or False."""
     how = {"interpret": interpret} if interpret else {}
-    return plgpu.kernel(
+    made = plgpu.kernel(
         kernel,
         out_type=tuple(outputs),
         scratch_types=tuple(scratch),
@@ -140,3 +142,4 @@ def launch(
         kernel_name=name,
         **how,
     )
+    return varying(made)

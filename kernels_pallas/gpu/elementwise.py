@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.manual import varying
+
 LANES = 128  # of a warpgroup
 HOLDS = 108 * 1024  # bytes of shared memory a block takes at most, so that two of them fit on a multiprocessor
 SLOTS = 8  # of a ring at most
@@ -140,7 +142,7 @@ def scan_tiles(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret or None,
     )
-    *found, carry = run(*[x for x, _ in reads], *given, carry)
+    *found, carry = varying(run)(*[x for x, _ in reads], *given, carry)
     return found, carry
 
 

@@ -196,7 +196,7 @@ def delta_rule(
     groups, heads = query.shape[2], value.shape[2]
     expected = (*value.shape[:3],)
     decays = (None, expected, (*expected, query.shape[-1]))
-    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] and heads % groups == 0
+    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] and groups > 0 and heads % groups == 0
     if not fits or beta.shape != expected or getattr(log_decay, "shape", None) not in decays:
         raise ValueError(
             f"query and key [B, T, G, K], value [B, T, H, V] with G dividing H, beta [B, T, H], log_decay [B, T, H], "

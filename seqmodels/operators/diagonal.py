@@ -38,7 +38,7 @@ def diagonal_recurrence(rate: Inexact[Array, "D"] | None = None) -> Recurrence:
     def decay(log_decay: Array) -> Array:
         if rate is None:
             return jnp.exp(log_decay)
-        return jnp.exp(log_decay * jnp.where(log_decay == 0, 0, rate))  # no time, no decay: 0 * -inf is NaN
+        return jnp.exp(_over_time(log_decay, rate))
 
     def combine(earlier: Diagonal, later: Diagonal) -> Diagonal:
         drive = decay(later.log_decay) * earlier.drive + later.drive
@@ -110,8 +110,9 @@ def diagonal_scan(
 
     def kernel() -> tuple[Array, Array]:
         of_steps = decay
-        if fixed:  # no time, no decay: 0 * -inf is NaN
-            of_steps = jnp.where(decay[..., None] == 0, 0, decay[..., None] * log_decay[None, None])
+        if fixed:
+            time = decay if segments is None else jnp.where(segments.valid, decay, 0)  # padding may be NaN
+            of_steps = _over_time(time[..., None], log_decay[None, None])
         return kernels.diagonal(of_steps, drive, state, segments=segments, **where)
 
     served = kernels.serve(method, "diagonal", kernel, drive, log_decay, sizes=sizes, **where)
@@ -130,6 +131,11 @@ def diagonal_scan(
         chunk=chunk,
         sequence_axis=sequence_axis,
     )
+
+
+def _over_time(elapsed: Array, rate: Array) -> Array:
+    """elapsed * rate, and nothing in no time: 0 * -inf is NaN."""
+    return elapsed * jnp.where((elapsed == 0) & jnp.isinf(rate), 0, rate)
 
 
 def _loop(log_decay: Array, drive: Array, state: Array | None, segments: Segments | None) -> tuple[Array, Array]:

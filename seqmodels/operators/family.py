@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmodels.compat import on_cpu
 from seqmodels.operators.chunk_loop import chunk_loop
 from seqmodels.scan import Recurrence, scan, sharded_scan
 from seqmodels.scan.auto import choose
@@ -30,6 +31,13 @@ def check_method(method: str, chunk: int | None = None, *, also: tuple[str, ...]
     whole = isinstance(chunk, int | np.integer) and not isinstance(chunk, bool)
     if chunk is not None and (not whole or chunk < 1):
         raise ValueError(f"chunk is a number of steps of at least 1, not {chunk!r}")
+
+
+def check_sizes(family: str, *arrays: Any) -> None:
+    """Raises ValueError on an axis without entries."""
+    for x in arrays:
+        if 0 in x.shape:
+            raise ValueError(f"the {family} family takes at least one row, step, head and channel, not {x.shape}")
 
 
 def each_head(row: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,9 +69,10 @@ def run_family(
     check_method(method, chunk)
     if method == "pallas":
         raise ValueError(
-            f"method='pallas': there is no kernel for the {family} family on {jax.default_backend()} yet; "
-            "use 'auto', which takes the XLA form"
+            f"method='pallas': no kernel runs this operator, a recurrence of the {family} family; use 'auto', which "
+            "takes the XLA form"
         )
+    check_sizes(family, *jax.tree.leaves(inputs))
     length = jax.tree.leaves(inputs)[0].shape[1]
     if method == "auto":
         method = choose(matmul_form=True, length=length, family=family)
@@ -115,10 +124,6 @@ def _in_spans(
         size = chunk * max(1, min(length, TOKENS_AT_ONCE) // chunk)
         state, outputs = scan_chunks(body, state, xs, length, size, axis=1)
     return outputs, state
-
-
-def on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 def _at_once(recurrence: Recurrence, state: Any, inputs: Any, chunk: int, *, heads: bool) -> dict[str, Any]:

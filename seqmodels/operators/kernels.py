@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
@@ -27,17 +26,13 @@ from kernels_pallas.gpu import linear as gpu_linear
 from kernels_pallas.gpu import outer as gpu_outer
 from kernels_pallas.gpu import outer_keys as gpu_outer_keys
 from kernels_pallas.gpu import selective as gpu_selective
-from seqmodels.operators.family import check_method
+from seqmodels.compat import device, vary_alike
+from seqmodels.operators.family import check_method, check_sizes
 from seqmodels.scan.auto import choose
 from seqmodels.typing import Segments
 
 NUMBERS = {jnp.dtype("bfloat16"), jnp.dtype("float32")}
 INTERPRET: Any = False  # how `pallas_call` runs where there is no device; for tests
-
-
-def device() -> Any:
-    """What a program is made for: the abstract mesh's device where one is set, else jax's default."""
-    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
 
 
 def on_hopper() -> bool:
@@ -86,6 +81,7 @@ def serve(
     Raises ValueError on a method or a chunk that no family can run, and where "pallas" was asked for and cannot serve.
     """
     check_method(method, chunk)
+    check_sizes(family, *scanned)
     if method == "pallas":
         return kernel()
     if method != "auto" or chunk is not None or sequence_axis is not None:
@@ -116,6 +112,13 @@ def _of_matrices(
         **reasons,
         **_too_large(f"heads of {sizes[0]} keys and {sizes[1]} values", budget, *sizes, chunk, query.dtype),
     }
+
+
+def _too_wide(**arrays: Array | None) -> dict[str, bool]:
+    """What is kept in float32 and would lose digits."""
+    given = {name: x.dtype for name, x in arrays.items() if x is not None}
+    wide = [f"{name} is {kind}" for name, kind in given.items() if jnp.promote_types(kind, jnp.float32) != jnp.float32]
+    return {f"gates and states are float32 at most, but {' and '.join(wide)}": bool(wide)}
 
 
 def _too_large(what: str, budget: Callable[..., dict[str, int]], *sizes: Any, **options: Any) -> dict[str, bool]:
@@ -168,6 +171,7 @@ def outer(
     per_key = bonus is not None or (log_decay is not None and log_decay.ndim == 4)
     budget = (tpu_outer_keys if per_key else tpu_outer).vmem_bytes
     reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
+    reasons |= _too_wide(log_decay=log_decay, state=state, bonus=bonus)
     _refuse("outer", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     if per_key and log_decay.ndim == 3:
@@ -175,7 +179,7 @@ def outer(
     given = (query, key, value, log_decay)
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, value.shape[:2])
-    arrays = (q, k, v, g, state, documents)
+    (*arrays, bonus) = vary_alike((q, k, v, g, state, documents, bonus))
     if own and per_key:
         out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET, bonus)
     elif own:
@@ -196,7 +200,7 @@ def diagonal(
     sequence_axis: str | None,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
     """`diagonal_scan` by `linear_scan`, for TPUs or Hopper GPUs. Raises ValueError where neither can serve, and why."""
-    kind = jnp.result_type(log_decay, drive, jnp.float32)
+    kind = jnp.result_type(log_decay, drive, jnp.float32, *(() if state is None else (state,)))
     reasons = {f"numbers are float32 or complex64 at most, not {kind}": kind not in (jnp.float32, jnp.complex64)}
     if not on_hopper():
         channels, planes = drive.shape[2], 1 + (kind == jnp.complex64)
@@ -204,12 +208,12 @@ def diagonal(
     _refuse("diagonal", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu_linear.STEPS)
     if state is None:
         state = jnp.zeros((drive.shape[0], drive.shape[2]), kind)
-    arrays = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
-    documents = _documents(segments, drive.shape[:2])
+    given = (_empty(x.astype(kind), segments) for x in (log_decay, drive))
+    arrays = vary_alike((*given, state.astype(kind), _documents(segments, drive.shape[:2])))
     if on_hopper():
-        out, state = gpu_linear.linear_scan(*arrays, state.astype(kind), documents, INTERPRET)
+        out, state = gpu_linear.linear_scan(*arrays, INTERPRET)
     else:
-        out, state = tpu_linear.linear_scan(*arrays, state.astype(kind), documents, chunk or CHUNK, INTERPRET)
+        out, state = tpu_linear.linear_scan(*arrays, chunk or CHUNK, INTERPRET)
     return _empty(out, segments), state
 
 
@@ -233,12 +237,12 @@ def delta(
     own = on_hopper()
     budget = (tpu_delta_keys if per_key else tpu_delta).vmem_bytes
     reasons = _pairs(per_key, chunk) | _of_matrices(query, key, value, chunk, budget)
+    reasons |= _too_wide(beta=beta, log_decay=log_decay, state=state)
     _refuse("delta", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     log_decay, state = _decays_and_state(key, value, log_decay, state)
     given = (query, key, value, beta.astype(jnp.float32), log_decay)
     q, k, v, strength, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
-    documents = _documents(segments, value.shape[:2])
-    arrays = (q, k, v, strength, g, state, documents)
+    arrays = vary_alike((q, k, v, strength, g, state, _documents(segments, value.shape[:2])))
     if own:
         run_own = gpu_delta_keys.chunk_delta_keys if per_key else gpu_delta.chunk_delta
         out, state = run_own(*arrays, False, INTERPRET)
@@ -267,14 +271,16 @@ def exponential(
     """
     own = on_hopper()
     reasons = _of_matrices(query, key, value, chunk, tpu_exponential.vmem_bytes)
+    gates = {"log_input": log_input, "log_forget": log_forget}
+    reasons |= _too_wide(**gates, **dict(zip(("log_max", "normaliser", "memory"), state, strict=True)))
     _refuse("exponential", reasons, chunk=chunk, sequence_axis=sequence_axis, hopper=gpu.CHUNK)
     if segments is not None:  # nothing is written
         log_input = jnp.where(segments.valid[..., None], log_input, -jnp.inf)
     arrays = [_empty(x, segments) for x in (query, key, value)]
     arrays += [log_input.astype(jnp.float32), _empty(log_forget.astype(jnp.float32), segments)]
     q, k, v, i, f = (jnp.swapaxes(x, 1, 2) for x in arrays)
-    log_max, normaliser, memory = (x.astype(jnp.float32) for x in state)
-    given = (q, k, v, i, f, (log_max, normaliser, memory), _documents(segments, query.shape[:2]), eps)
+    kept = tuple(x.astype(jnp.float32) for x in state)
+    given = (*vary_alike((q, k, v, i, f, kept, _documents(segments, query.shape[:2]))), eps)
     if own:
         out, after = gpu_exponential.chunk_exponential(*given, INTERPRET)
     else:
@@ -299,7 +305,7 @@ def selective(
     told = ", ".join(sorted(map(str, kinds)))
     reasons = {
         f"x, dt, b and c are bfloat16 or float32, not {told}": not kinds <= NUMBERS,
-        f"a is float32 at most, not {a.dtype}": jnp.promote_types(a.dtype, jnp.float32) != jnp.float32,
+        **_too_wide(a=a, state=state),
     }
     size = a.shape[1]
     if on_hopper():
@@ -311,10 +317,10 @@ def selective(
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
     x, dt, b, c = (_empty(y, segments) for y in (x, dt, b, c))
-    documents = _documents(segments, x.shape[:2])
     wide = (a.astype(jnp.float32), b, c, state.astype(jnp.float32))
+    arrays = vary_alike((x, dt, *wide, _documents(segments, x.shape[:2])))
     if on_hopper():
-        y, state = gpu_selective.selective_scan(x, dt, *wide, documents, interpret=INTERPRET)
+        y, state = gpu_selective.selective_scan(*arrays, interpret=INTERPRET)
     else:
-        y, state = tpu_selective.selective_scan(x, dt, *wide, documents, chunk or CHUNK, True, INTERPRET)
+        y, state = tpu_selective.selective_scan(*arrays, chunk or CHUNK, True, INTERPRET)
     return _empty(y, segments), state

@@ -114,7 +114,7 @@ def gated_linear_attention(
     groups, heads = query.shape[2], value.shape[2]
     expected = (*value.shape[:3],)
     decays = (None, expected, (*expected, query.shape[-1]))
-    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] and heads % groups == 0
+    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] and groups > 0 and heads % groups == 0
     if not fits or getattr(log_decay, "shape", None) not in decays:
         raise ValueError(
             f"query and key [B, T, G, K], value [B, T, H, V] with G dividing H, log_decay [B, T, H], [B, T, H, K] or "

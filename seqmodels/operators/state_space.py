@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float
 
+from seqmodels.compat import on_cpu
 from seqmodels.operators.convolution import CONVOLUTION, convolve_documents
 from seqmodels.operators.diagonal import Diagonal, diagonal_recurrence, diagonal_scan
 from seqmodels.operators.family import check_method, run_family
@@ -19,7 +20,7 @@ SHORT, FEW = 4, 4
 
 def convolution_or_loop(batch: int, length: int) -> str:
     """What `auto` takes for a state space per channel: a kernel's cost hardly grows with the batch, a loop's does."""
-    loop = length <= SHORT or (jax.default_backend() == "cpu" and batch <= FEW)
+    loop = length <= SHORT or (on_cpu() and batch <= FEW)
     return "sequential" if loop else CONVOLUTION
 
 

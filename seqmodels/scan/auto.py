@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+
+from seqmodels import compat
 
 METHODS = ("auto", "sequential", "associative", "chunked", "tree")
 
@@ -58,7 +59,7 @@ def choose(
 
     "pallas" is chosen only for a `device`, the kind of device that the program is made for.
     """
-    platform = platform or jax.default_backend()
+    platform = platform or compat.device().platform
     for rule in (KERNELS if device else ()) + RULES:
         fits = (
             rule.platform in (None, platform)

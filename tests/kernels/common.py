@@ -17,7 +17,7 @@ from jax._src.mesh import AbstractDevice
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 # Memory that was not written is NaN, reads and writes out of bounds raise, and races are looked for between two cores
 # that share the points of the parallel axes: there have to be two such points. jax 0.12 raises at a race, jax 0.10
@@ -25,8 +25,9 @@ from jax.sharding import AbstractMesh
 STRICT = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
 )
-TPU = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
-GPU = lambda kind, cores: AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, cores, platform="gpu"))
+MESH = functools.partial(AbstractMesh, (1,), ("x",), axis_types=(AxisType.Auto,))
+TPU = MESH(abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
+GPU = lambda kind, cores: MESH(abstract_device=AbstractDevice(kind, cores, platform="gpu"))
 H100, A100 = GPU("NVIDIA H100 80GB HBM3", 132), GPU("NVIDIA A100-SXM4-80GB", 108)
 
 

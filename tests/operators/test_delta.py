@@ -235,5 +235,5 @@ def test_shapes_that_do_not_fit_are_shown() -> None:
         delta_rule(query, key, value, beta, state=state.swapaxes(2, 3))
     with pytest.raises(ValueError, match=r"left and right.*\(2, 70, 1, 8\)"):
         diagonal_plus_rank_one(query, key, value, key, key)
-    with pytest.raises(ValueError, match="no kernel for the delta family"):
+    with pytest.raises(ValueError, match="no kernel runs this operator, a recurrence of the delta family"):
         diagonal_plus_rank_one(query, query, query, query, query, method="pallas")

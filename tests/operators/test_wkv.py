@@ -188,5 +188,5 @@ def test_shapes_that_do_not_fit_are_shown() -> None:
         wkv_scan(key, value, log_decay, bonus[:7])
     with pytest.raises(ValueError, match=r"\(3, 8\).* cannot continue keys of \(2, 70, 8\)"):
         wkv_scan(key, value, log_decay, bonus, empty_wkv((3,), D))
-    with pytest.raises(ValueError, match="no kernel for the wkv family"):
+    with pytest.raises(ValueError, match="no kernel runs this operator, a recurrence of the wkv family"):
         wkv_scan(key, value, log_decay, bonus, method="pallas")
