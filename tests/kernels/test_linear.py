@@ -106,7 +106,7 @@ def test_errors_name_the_shapes() -> None:
         linear_scan(log_decay, drive, state.astype(jnp.complex64), segment)
 
 
-@pytest.mark.parametrize("kind", ["each step", "fixed and complex, with gaps"])
+@pytest.mark.parametrize("kind", ["each step", "a complex state", "fixed and complex, with gaps"])
 def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as a loop over tokens has them; and why it does not serve else."""
     log_decay, drive, state, _ = inputs(20, 6)
@@ -115,20 +115,31 @@ def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.Monk
     segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
     poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
     options: dict[str, Any] = {}
-    if kind != "each step":
+    if kind == "a complex state":
+        state = jax.lax.complex(state, drive[:, 0])
+    if kind == "fixed and complex, with gaps":
         log_decay, state = jax.lax.complex(log_decay, drive)[0, 0], state.astype(jnp.complex64)
-        options["elapsed"] = jnp.abs(drive[:, :, 0]).at[0, 3].set(0)
+        options["elapsed"] = poison(jnp.abs(drive[:, :, 0]).at[0, 3].set(0))
     else:
         log_decay = poison(log_decay)
     with pytest.raises(ValueError, match="for TPUs and Hopper GPUs, and this is made for cpu; use 'auto'"):
         diagonal_scan(log_decay, drive, method="pallas", **options)
     monkeypatch.setattr(kernels, "INTERPRET", True)
-    run = lambda method: jax.jit(functools.partial(diagonal_scan, segments=segments, method=method, **options))(
-        log_decay, poison(drive), state
-    )
+
+    def run(method: str) -> Any:
+        """Values, and gradients of all arguments."""
+        scan = lambda log_decay, drive, state, options: diagonal_scan(
+            log_decay, drive, state, segments=segments, method=method, **options
+        )
+        found, back = jax.vjp(jax.jit(scan), log_decay, poison(drive), state, options)
+        return found, back(jax.tree.map(jnp.ones_like, found))
+
     chex.assert_trees_all_close(run("pallas"), run("sequential"), rtol=FLOAT32, atol=FLOAT32)
+    chex.assert_tree_all_finite(run("pallas"))
     with pytest.raises(ValueError, match="does not shard time"):
         diagonal_scan(log_decay, drive, method="pallas", sequence_axis="sequence", **options)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="float32 or complex64 at most, not float64"):
+        diagonal_scan(log_decay.real, drive, state.real.astype(jnp.float64), method="pallas")
     for chunk, told in (
         (64, "chunks are a multiple of 128 steps, not 64"),
         (0, "a number of steps of at least 1, not 0"),

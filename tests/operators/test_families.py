@@ -219,8 +219,34 @@ def test_shapes_that_do_not_fit_are_shown() -> None:
         gated_linear_attention(query, key, value, state=state.swapaxes(2, 3))
     with pytest.raises(ValueError, match=r"log_decay \(2, 70, 7\)"):
         diagonal_scan(jnp.zeros((B, T, 7)), jnp.zeros((B, T, 8)))
+    with pytest.raises(ValueError, match=r"G dividing H.*\(2, 70, 0, 8\)"):
+        gated_linear_attention(query[:, :, :0], key[:, :, :0], value)
     with pytest.raises(ValueError, match="the kernel is for TPUs"):
         gated_linear_attention(query, key, value, method="pallas")
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential", "chunked", "pallas"])
+@pytest.mark.parametrize("shape", [(0, T), (B, 0)], ids=str)
+def test_an_axis_without_entries_is_named(shape: tuple[int, int], method: str) -> None:
+    told = rf"at least one row, step, head and channel, not \({shape[0]}, {shape[1]}, "
+    vectors, numbers = (jnp.zeros((*shape, *rest)) for rest in ((H, K), (H,)))
+    for run in (
+        lambda: gated_linear_attention(vectors, vectors, vectors, method=method),
+        lambda: delta_rule(vectors, vectors, vectors, numbers, method=method),
+        lambda: mlstm_scan(vectors, vectors, vectors, numbers, numbers, method=method),
+        lambda: diagonal_scan(numbers, numbers, method=method),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run()
+
+
+@pytest.mark.parametrize("method", ["sequential", "chunked"])
+def test_no_time_has_a_gradient(method: str) -> None:
+    """h = exp(elapsed * rate) h0: at elapsed 0 its derivative is rate * h0, and 0 where everything is forgotten."""
+    rate, drive = jnp.asarray([-0.5, -jnp.inf]), jnp.zeros((1, 1, 2))
+    run = lambda elapsed: diagonal_scan(rate, drive, jnp.full((1, 2), 3.0), elapsed=elapsed, method=method)[0][0, 0]
+    by_elapsed = jax.jacrev(run)(jnp.zeros((1, 1)))[:, 0, 0]
+    chex.assert_trees_all_close(by_elapsed, jnp.asarray([-1.5, 0]))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
