@@ -19,6 +19,8 @@ from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionS
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
+from seqmodels import Segments
+
 # Memory that was not written is NaN, reads and writes out of bounds raise, and races are looked for between two cores
 # that share the points of the parallel axes: there have to be two such points. jax 0.12 raises at a race, jax 0.10
 # prints it alone; `without_races`, which is around every test here, fails then too.
@@ -29,6 +31,14 @@ MESH = functools.partial(AbstractMesh, (1,), ("x",), axis_types=(AxisType.Auto,)
 TPU = MESH(abstract_device=AbstractDevice("TPU v5 lite", 1, platform="tpu"))
 GPU = lambda kind, cores: MESH(abstract_device=AbstractDevice(kind, cores, platform="gpu"))
 H100, A100 = GPU("NVIDIA H100 80GB HBM3", 132), GPU("NVIDIA A100-SXM4-80GB", 108)
+# What heads of real models take: batch, length, heads, size of a head.
+REAL = [(1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)]
+LOWERED = [  # with a type
+    pytest.param(shape, dtype, marks=[] if i == 0 else pytest.mark.slow)
+    for i, shape in enumerate(REAL)
+    for dtype in ("bfloat16", "float32")
+    if dtype == "bfloat16" or i in (0, 3, 4)
+]
 
 
 @contextlib.contextmanager
@@ -51,6 +61,14 @@ def without_races() -> Iterator[None]:
 def ids_of(start: Any) -> jax.Array:
     """Ids [B, T] of documents that begin where `start` is true; every other one comes after a document of no steps."""
     return jnp.asarray((3 * np.cumsum(start, axis=1) + 1) // 2, jnp.int32)
+
+
+def packed() -> tuple[Segments, Callable[[jax.Array], jax.Array]]:
+    """Documents in two rows of 20 steps, two of which are padding, and what makes the padding of [2, 20, ...] NaN."""
+    start = np.zeros((2, 20), bool)
+    start[0, [0, 7, 8]], start[1, 18] = True, True
+    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
+    return segments, lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
 
 
 def graded(run: Callable[..., Any], *arrays: Any) -> Any:

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
@@ -16,9 +16,8 @@ from jax.experimental.mosaic.gpu import dialect
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.gpu import common
-from seqmodels import Segments
 from seqmodels.operators import kernels
-from tests.kernels.common import A100, H100
+from tests.kernels.common import A100, H100, assert_same, packed
 
 ALONE, SHARED = common.SHARED, 113 * 1024  # bytes of a processor's memory that one block, and each of two, can have
 RUNS = hasattr(plgpu, "InterpretGPUParams")
@@ -34,12 +33,18 @@ def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRET", STRICT)
 
 
-def packed() -> tuple[Segments, Callable[[jax.Array], jax.Array]]:
-    """Documents in two rows of 20 steps, two of which are padding, and what makes the padding of [2, 20, ...] NaN."""
-    start = np.zeros((2, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    return segments, lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+def assert_the_family_calls_it(
+    run: Callable[..., Any], arrays: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With packed documents and padding that is NaN it gives what a loop does: `run(arrays, segments=, method=)`."""
+    segments, poison = packed()
+    arrays = jax.tree.map(poison, arrays)
+    found_by = lambda method: jax.jit(functools.partial(run, segments=segments, method=method))(arrays)
+    right = found_by("sequential")
+    pretend_hopper(monkeypatch)
+    out, state = found_by("pallas")
+    assert_same(("out", "state"), (out, state), right, tolerance)
+    chex.assert_trees_all_equal(out[1, 18:], jnp.zeros_like(out[1, 18:]))
 
 
 def assert_it_says_why_not(run: Callable[..., Any], shaped: Callable[..., Any]) -> None:

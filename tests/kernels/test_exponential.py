@@ -16,11 +16,10 @@ from kernels_pallas import exponential, exponential_kernels
 from kernels_pallas.chunks import CHUNK, VMEM
 from kernels_pallas.exponential import chunk_exponential, chunk_sigmoid, reference
 from kernels_pallas.exponential_kernels import Form
-from seqmodels import Segments
 from seqmodels.operators import kernels, mlstm_scan
 from seqmodels.operators.exponential import ExponentialState
 from seqmodels.operators.outer import normalised_linear_attention
-from tests.kernels.common import STRICT, assert_same, ids_of, kernels_of
+from tests.kernels.common import STRICT, assert_same, ids_of, kernels_of, packed
 
 # float32 rounding (6e-8) through chunks of 128 products, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -267,10 +266,7 @@ def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) ->
     """Packed documents and padding that is NaN, as a loop over tokens has them; and why it does not serve else."""
     *given, log_max, normaliser, memory, _ = inputs("exponential", 20, 8, 6)
     arrays = [jnp.swapaxes(x, 1, 2) for x in given]
-    start = np.zeros((B, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    segments, poison = packed()
     with pytest.raises(ValueError, match="for TPUs and Hopper GPUs, and this is made for cpu; use 'auto'"):
         mlstm_scan(*arrays, method="pallas")
     monkeypatch.setattr(kernels, "INTERPRET", True)

@@ -6,7 +6,6 @@ import functools
 import itertools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +16,15 @@ from kernels_pallas.gpu import common, delta_program, delta_solve, walk
 from kernels_pallas.gpu import delta as gpu
 from kernels_pallas.gpu.delta import chunk_delta, shared_memory
 from seqmodels.operators import delta_rule
-from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.common import REAL, assert_same, gpu_kernels_of, in_float64, pulled
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
+    assert_the_family_calls_it,
     interpreted,
-    packed,
-    pretend_hopper,
     shared_memory_of,
 )
-from tests.kernels.test_delta import NAMES, REAL, inputs, shapes
+from tests.kernels.test_delta import NAMES, inputs, shapes
 from tests.kernels.test_gpu_outer import BFLOAT16
 
 # Where a chunk's writes turn each other round, their sums cancel, those of d log_decay most. What is lost is that of
@@ -121,7 +119,7 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     run = lambda: jax.jit(lambda *a: chunk_delta(*a, False, STRICT))(*arrays)
     assert_same(NAMES, run(), found, BFLOAT16)
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="'out'"):
         assert_same(NAMES, run(), found, BFLOAT16)
 
 
@@ -187,10 +185,14 @@ def test_errors_say_what_the_kernel_takes() -> None:
 
 
 def called(dtype: Any = jnp.bfloat16, size: int = 64, *, per_key: bool = False) -> dict[str, Any]:
-    """The arguments of a family's call."""
+    """The arguments of the family's call."""
     query, key, value, beta, log_decay, *_ = inputs(20, size, size, dtype=dtype, per_key=per_key)
     given = {"query": query, "key": key, "value": value, "beta": beta, "log_decay": log_decay}
     return {name: jnp.swapaxes(x, 1, 2) for name, x in given.items()}
+
+
+def family(arrays: Any, **options: Any) -> Any:
+    return delta_rule(**arrays, **options)
 
 
 @interpreted
@@ -198,18 +200,12 @@ def called(dtype: Any = jnp.bfloat16, size: int = 64, *, per_key: bool = False) 
 @pytest.mark.parametrize("decays", [True, False])
 def test_the_family_calls_it_on_a_hopper(decays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `sequential` has them; with a decay and with none."""
-    segments, poison = packed()
-    arrays = {name: poison(x) for name, x in called().items() if decays or name != "log_decay"}
-    run = lambda method: jax.jit(functools.partial(delta_rule, segments=segments, method=method))(**arrays)
-    right = run("sequential")
-    pretend_hopper(monkeypatch)
-    found = run("pallas")
-    assert_same(("out", "state"), found, right, BFLOAT16)
-    chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
+    arrays = {name: x for name, x in called().items() if decays or name != "log_decay"}
+    assert_the_family_calls_it(family, arrays, BFLOAT16, monkeypatch)
 
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
     shaped = lambda *a, **how: jax.eval_shape(functools.partial(called, *a, **how))
-    run = lambda arrays, **changes: delta_rule(**arrays, **changes, method="pallas")
+    run = functools.partial(family, method="pallas")
     assert gpu_kernels_of(run, shaped()) == 2
     assert_it_says_why_not(run, shaped)

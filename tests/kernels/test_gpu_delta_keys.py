@@ -14,19 +14,17 @@ import pytest
 from kernels_pallas import delta as tpu
 from kernels_pallas.gpu import common, delta_keys, delta_keys_pairs, delta_program
 from kernels_pallas.gpu.delta_keys import chunk_delta_keys, shared_memory
-from seqmodels.operators import delta_rule
-from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.common import REAL, assert_same, gpu_kernels_of, in_float64, pulled
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
+    assert_the_family_calls_it,
     interpreted,
-    packed,
-    pretend_hopper,
     shared_memory_of,
 )
-from tests.kernels.test_delta import NAMES, REAL, shapes
+from tests.kernels.test_delta import NAMES, shapes
 from tests.kernels.test_delta import inputs as inputs_of
-from tests.kernels.test_gpu_delta import STIFF, STIFF_DECAY
+from tests.kernels.test_gpu_delta import STIFF, STIFF_DECAY, family
 from tests.kernels.test_gpu_delta import called as called_of
 from tests.kernels.test_gpu_outer import BFLOAT16
 
@@ -135,7 +133,7 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     """As a control of the first test."""
     arrays, right = control()
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="'out'"):
         assert_same(NAMES, chunk_delta_keys(*arrays, False, STRICT), right, BFLOAT16)
 
 
@@ -147,7 +145,7 @@ def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(delta_keys_pairs, "write_parts", lambda near, values: right(near, 0.95 * values))
     arrays = inputs(5, 64, 64)
     found = pulled_kernel.__wrapped__(True)(*arrays)  # compiled anew
-    with pytest.raises(AssertionError, match="d log_decay"):
+    with pytest.raises(AssertionError, match="'d log_decay'"):
         assert_same(NAMES, found, expected(arrays), BFLOAT16)
 
 
@@ -194,18 +192,11 @@ def test_errors_say_what_the_kernel_takes() -> None:
 @pytest.mark.slow
 def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `sequential` has them."""
-    segments, poison = packed()
-    arrays = {name: poison(x) for name, x in called().items()}
-    run = lambda method: jax.jit(functools.partial(delta_rule, segments=segments, method=method))(**arrays)
-    right = run("sequential")
-    pretend_hopper(monkeypatch)
-    found = run("pallas")
-    assert_same(("out", "state"), found, right, BFLOAT16)
-    chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
+    assert_the_family_calls_it(family, called(), BFLOAT16, monkeypatch)
 
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
     shaped = lambda *a: jax.eval_shape(functools.partial(called, *a))
-    run = lambda arrays, **changes: delta_rule(**arrays, **changes, method="pallas")
+    run = functools.partial(family, method="pallas")
     assert gpu_kernels_of(run, shaped()) == 3
     assert_it_says_why_not(run, shaped)

@@ -19,12 +19,11 @@ from kernels_pallas.gpu.walk import CARRIED
 from seqmodels.operators import mlstm_scan
 from seqmodels.operators.exponential import ExponentialState
 from tests.kernels import test_exponential as tpu
-from tests.kernels.common import assert_same, gpu_kernels_of, ids_of
+from tests.kernels.common import assert_same, gpu_kernels_of, ids_of, packed
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
     interpreted,
-    packed,
     pretend_hopper,
     shared_memory_of,
 )

@@ -6,7 +6,6 @@ import functools
 import itertools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +16,12 @@ from kernels_pallas.gpu import common, walk
 from kernels_pallas.gpu import outer as gpu
 from kernels_pallas.gpu.outer import chunk_outer, shared_memory
 from seqmodels.operators import gated_linear_attention
-from tests.kernels.common import assert_same, gpu_kernels_of, ids_of, in_float64, pulled
+from tests.kernels.common import REAL, assert_same, gpu_kernels_of, ids_of, in_float64, pulled
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
+    assert_the_family_calls_it,
     interpreted,
-    packed,
-    pretend_hopper,
     shared_memory_of,
 )
 
@@ -109,7 +107,7 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     run = lambda: jax.jit(lambda *a: chunk_outer(*a, STRICT))(*arrays)
     assert_same(NAMES, run(), found, BFLOAT16)
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="'out'"):
         assert_same(NAMES, run(), found, BFLOAT16)
 
 
@@ -149,9 +147,6 @@ def test_differences_of_sums_lose_no_digits() -> None:
     naive = np.cumsum(clipped.reshape(3, 2, 64), axis=-1, dtype=np.float32)
     lost = np.abs(np.tril(naive[..., :, None] - naive[..., None, :]) - right)
     assert np.max(lost) > 100 * GATES
-
-
-REAL = [(1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)]
 
 
 def shapes(
@@ -194,28 +189,25 @@ def test_errors_say_what_the_kernel_takes() -> None:
 
 
 def called(dtype: Any = jnp.bfloat16, size: int = 64) -> list[Any]:
-    """The arguments of a family's call."""
+    """The arguments of the family's call."""
     query, key, value, log_decay, *_ = inputs(20, 64, 64, batch=2, groups=1, heads=2)
     query, key, value = (x[..., :size].astype(dtype) for x in (query, key, value))
     return [jnp.swapaxes(x, 1, 2) for x in (query, key, value, log_decay)]
+
+
+def family(arrays: Any, **options: Any) -> Any:
+    return gated_linear_attention(*arrays, **options)
 
 
 @interpreted
 @pytest.mark.slow
 def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `auto` has them."""
-    segments, poison = packed()
-    arrays = [poison(x) for x in called()]
-    run = lambda method: jax.jit(functools.partial(gated_linear_attention, segments=segments, method=method))(*arrays)
-    right = run("sequential")
-    pretend_hopper(monkeypatch)
-    found = run("pallas")
-    assert_same(("out", "state"), found, right, BFLOAT16)
-    chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
+    assert_the_family_calls_it(family, called(), BFLOAT16, monkeypatch)
 
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
     shaped = lambda *a: jax.eval_shape(functools.partial(called, *a))
-    run = lambda arrays, **changes: gated_linear_attention(*arrays, method="pallas", **changes)
+    run = functools.partial(family, method="pallas")
     assert gpu_kernels_of(run, shaped()) == 1
     assert_it_says_why_not(run, shaped)

@@ -16,17 +16,15 @@ from kernels_pallas import outer as tpu
 from kernels_pallas.gpu import common, pairs
 from kernels_pallas.gpu import outer_keys as gpu
 from kernels_pallas.gpu.outer_keys import chunk_outer_keys, gates_of, shared_memory
-from seqmodels.operators import gated_linear_attention
-from tests.kernels.common import assert_same, gpu_kernels_of, in_float64, pulled
+from tests.kernels.common import REAL, assert_same, gpu_kernels_of, in_float64, pulled
 from tests.kernels.hopper import (
     STRICT,
     assert_it_says_why_not,
+    assert_the_family_calls_it,
     interpreted,
-    packed,
-    pretend_hopper,
     shared_memory_of,
 )
-from tests.kernels.test_gpu_outer import BFLOAT16, NAMES, REAL
+from tests.kernels.test_gpu_outer import BFLOAT16, NAMES, family
 from tests.kernels.test_gpu_outer import inputs as inputs_per_head
 from tests.kernels.test_gpu_outer import shapes as shapes_per_head
 
@@ -128,7 +126,7 @@ def test_a_kernel_that_is_wrong_is_found(module: Any, name: str, wrong: Any, mon
     run = lambda: jax.jit(lambda *a: chunk_outer_keys(*a, False, STRICT))(*arrays)
     assert_same(NAMES, run(), found, BFLOAT16)
     monkeypatch.setattr(module, name, wrong(getattr(module, name)))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"'(out|state)'"):
         assert_same(NAMES, run(), found, BFLOAT16)
 
 
@@ -138,7 +136,7 @@ def test_a_gradient_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     """That of log decays by a twentieth, as a control too."""
     right = pairs.write_parts
     monkeypatch.setattr(pairs, "write_parts", lambda near, values: right(near, 0.95 * values))
-    with pytest.raises(AssertionError, match="d log_decay"):
+    with pytest.raises(AssertionError, match="'d log_decay'"):
         test_the_kernel_equals_the_recurrence_in_float64(70, 64, 64, batch=1, groups=1, heads=1, save=False)
 
 
@@ -197,7 +195,7 @@ def test_errors_say_what_the_kernel_takes() -> None:
 
 
 def called(dtype: Any = jnp.bfloat16, size: int = 64) -> list[Any]:
-    """The arguments of a family's call."""
+    """The arguments of the family's call."""
     query, key, value, log_decay, *_ = inputs(20, 64, 64, batch=2, groups=1, heads=2)
     narrow = [x[..., :size].astype(dtype) for x in (query, key, value)]
     return [jnp.swapaxes(x, 1, 2) for x in (*narrow, log_decay[..., :size])]
@@ -207,18 +205,11 @@ def called(dtype: Any = jnp.bfloat16, size: int = 64) -> list[Any]:
 @pytest.mark.slow
 def test_the_family_calls_it_on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as `auto` has them."""
-    segments, poison = packed()
-    arrays = [poison(x) for x in called()]
-    run = lambda method: jax.jit(functools.partial(gated_linear_attention, segments=segments, method=method))(*arrays)
-    right = run("sequential")
-    pretend_hopper(monkeypatch)
-    found = run("pallas")
-    assert_same(("out", "state"), found, right, BFLOAT16)
-    chex.assert_trees_all_equal(found[0][1, 18:], jnp.zeros_like(found[0][1, 18:]))
+    assert_the_family_calls_it(family, called(), BFLOAT16, monkeypatch)
 
 
 def test_the_family_lowers_to_it_and_says_why_it_does_not_serve() -> None:
     shaped = lambda *a: jax.eval_shape(functools.partial(called, *a))
-    run = lambda arrays, **changes: gated_linear_attention(*arrays, method="pallas", **changes)
+    run = functools.partial(family, method="pallas")
     assert gpu_kernels_of(run, shaped()) == 2
     assert_it_says_why_not(run, shaped)

@@ -15,8 +15,8 @@ from kernels_pallas.gpu import selective
 from kernels_pallas.gpu.selective import selective_scan, shared_bytes
 from kernels_pallas.selective import reference
 from seqmodels import operators
-from tests.kernels.common import assert_same, graded, ids_of, in_float64, pulled
-from tests.kernels.hopper import ALONE, SHARED, STRICT, interpreted, packed, pretend_hopper, shared_memory_of
+from tests.kernels.common import assert_same, graded, ids_of, in_float64, packed, pulled
+from tests.kernels.hopper import ALONE, SHARED, STRICT, interpreted, pretend_hopper, shared_memory_of
 
 # float32 rounding (6e-8) through sums over steps, entries and channels, relative to the largest entry of an array.
 FLOAT32 = 1e-5

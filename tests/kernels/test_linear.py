@@ -14,9 +14,19 @@ import pytest
 from kernels_pallas import linear
 from kernels_pallas.chunks import VMEM
 from kernels_pallas.linear import linear_scan, reference, vmem_bytes
-from seqmodels import Segments
 from seqmodels.operators import diagonal_scan, kernels
-from tests.kernels.common import STRICT, assert_same, graded, ids_of, in_float64, kernels_of, losing, parts, result_of
+from tests.kernels.common import (
+    STRICT,
+    assert_same,
+    graded,
+    ids_of,
+    in_float64,
+    kernels_of,
+    losing,
+    packed,
+    parts,
+    result_of,
+)
 
 # float32 rounding (6e-8) through sums of up to 128 steps, relative to the largest entry of an array.
 FLOAT32 = 1e-5
@@ -87,8 +97,11 @@ def test_a_kernel_that_is_wrong_is_found(part: str, monkeypatch: pytest.MonkeyPa
         assert_same(NAMES, run(), right, FLOAT32)
 
 
+REAL = [(8, 8192, 4096), (2, 16384, 2560), (4, 1000, 192)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("shape", [(8, 8192, 4096), (2, 16384, 2560), (4, 1000, 192)], ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
 def test_the_kernel_lowers_for_tpus_at_real_shapes(shape: tuple[int, int, int], dtype: str) -> None:
     of = jax.ShapeDtypeStruct
     state = of(shape[::2], "complex64" if dtype == "complex64" else "float32")
@@ -110,10 +123,7 @@ def test_errors_name_the_shapes() -> None:
 def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed documents and padding that is NaN, as a loop over tokens has them; and why it does not serve else."""
     log_decay, drive, state, _ = inputs(20, 6)
-    start = np.zeros((B, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    segments, poison = packed()
     options: dict[str, Any] = {}
     if kind == "a complex state":
         state = jax.lax.complex(state, drive[:, 0])

@@ -15,9 +15,9 @@ from kernels_pallas import outer, outer_keys
 from kernels_pallas.chunks import VMEM
 from kernels_pallas.outer import chunk_outer
 from kernels_pallas.outer_keys import chunk_outer_keys
-from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
 from tests.kernels.common import (
+    LOWERED,
     STRICT,
     assert_a_loss_is_found,
     assert_same,
@@ -25,6 +25,7 @@ from tests.kernels.common import (
     ids_of,
     in_float64,
     kernels_of,
+    packed,
     parts,
 )
 
@@ -125,18 +126,7 @@ def shapes(kind: str, batch: int, length: int, heads: int, size: int, dtype: Any
     return [*wide, *gates, of((batch, length), jnp.int32)]
 
 
-REAL = [(1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (8, 1024, 8, 64), (8, 2048, 32, 256)]
-
-
 # float32 once a size of heads: batches, lengths and heads are but grid points.
-LOWERED = [
-    pytest.param(shape, dtype, marks=[] if i == 0 else pytest.mark.slow)
-    for i, shape in enumerate(REAL)
-    for dtype in ("bfloat16", "float32")
-    if dtype == "bfloat16" or i in (0, 3, 4)
-]
-
-
 @each
 @pytest.mark.parametrize(("shape", "dtype"), LOWERED, ids=str)
 def test_the_kernel_lowers_for_tpus_at_real_shapes(kind: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -168,10 +158,7 @@ def test_the_family_calls_it_where_it_serves(kind: str, monkeypatch: pytest.Monk
     query, key, value, log_decay, state, _ = inputs(20, 8, 8, per_key=kind == "per key")
     swap = lambda x: jnp.swapaxes(x, 1, 2)
     arrays = [swap(x) for x in (query, key, value, log_decay)]
-    start = np.zeros((B, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    segments, poison = packed()
     with pytest.raises(ValueError, match=r"the kernel is for TPUs.*, and this is made for cpu; use 'auto'"):
         gated_linear_attention(*arrays, method="pallas")
     monkeypatch.setattr(kernels, "INTERPRET", True)

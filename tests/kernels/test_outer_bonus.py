@@ -8,17 +8,15 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from kernels_pallas import outer_keys
 from kernels_pallas.chunks import CHUNK, VMEM
 from kernels_pallas.outer_keys import chunk_outer_keys, reference
-from seqmodels import Segments
 from seqmodels.operators import gated_linear_attention, kernels
 from tests.kernels import test_outer
-from tests.kernels.common import STRICT, assert_same, graded, in_float64, kernels_of
-from tests.kernels.test_outer import BFLOAT16, FLOAT32, REAL, B, H
+from tests.kernels.common import REAL, STRICT, assert_same, graded, in_float64, kernels_of, packed
+from tests.kernels.test_outer import BFLOAT16, FLOAT32, H
 
 NAMES = (*test_outer.NAMES, "d bonus")
 
@@ -83,10 +81,10 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
     right_form = outer_keys.BONUS
     monkeypatch.setattr(outer_keys, "BONUS", right_form._replace(forward=forward))
-    with pytest.raises(AssertionError, match="out"):
+    with pytest.raises(AssertionError, match="'out'"):
         assert_same(NAMES, found(lambda *a: kernel(*a)), right, FLOAT32)
     monkeypatch.setattr(outer_keys, "BONUS", right_form._replace(backward=backward))
-    with pytest.raises(AssertionError, match="d bonus"):
+    with pytest.raises(AssertionError, match="'d bonus'"):
         assert_same(NAMES, found(functools.partial(graded, kernel)), right, FLOAT32)
 
 
@@ -116,10 +114,7 @@ def test_the_family_calls_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     """Packed documents and padding that is NaN, as a loop over tokens has them, whatever decays."""
     (query, key, value, log_decay, state, bonus), _ = inputs(20, 8, 8)
     log_decay = {"per key": log_decay, "per head": log_decay[..., 0], "none": None}[kind]
-    start = np.zeros((B, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda x: jnp.where(jnp.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.nan)
+    segments, poison = packed()
     given = [None if x is None else poison(jnp.swapaxes(x, 1, 2)) for x in (query, key, value, log_decay)]
     monkeypatch.setattr(kernels, "INTERPRET", True)
 

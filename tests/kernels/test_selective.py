@@ -16,10 +16,9 @@ import pytest
 from kernels_pallas import selective, selective_kernels
 from kernels_pallas.chunks import VMEM
 from kernels_pallas.selective import reference, selective_scan, vmem_bytes
-from seqmodels import Segments
 from seqmodels import operators as families
 from seqmodels.operators import kernels
-from tests.kernels.common import STRICT, TPU, assert_same, graded, ids_of, in_float64, losing, parts, result_of
+from tests.kernels.common import STRICT, TPU, assert_same, graded, ids_of, in_float64, losing, packed, parts, result_of
 
 # float32 rounding (6e-8) through states of up to 128 steps and sums over them, relative to the largest entry.
 FLOAT32 = 1e-5
@@ -148,10 +147,7 @@ def test_the_family_calls_it_where_it_serves(monkeypatch: pytest.MonkeyPatch) ->
     """Packed documents and padding that is NaN, as a loop over tokens has them; and why it does not serve else."""
     x, dt, a, b, c, state, _ = inputs(20, 6, 4)
     a = jnp.maximum(a, -1e30)
-    start = np.zeros((B, 20), bool)
-    start[0, [0, 7, 8]], start[1, 18] = True, True
-    segments = Segments(jnp.asarray(start), jnp.asarray(np.arange(20)[None] < [[20], [18]]))
-    poison = lambda y: jnp.where(segments.valid[..., None], y, jnp.nan)
+    segments, poison = packed()
     arrays = (poison(x), poison(dt), a, poison(b), poison(c), jnp.arange(6.0), state)
     scan = families.selective_scan
     with pytest.raises(ValueError, match="for TPUs and Hopper GPUs, and this is made for cpu; use 'auto'"):
