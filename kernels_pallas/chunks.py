@@ -55,3 +55,19 @@ def sums_between(g: Any) -> Any:
         between = between + jnp.where(row >= step, pltpu.roll(between, step, 0), 0)
         step *= 2
     return between
+
+
+def following(x: Any, steps: int) -> Any:
+    """What is `steps` later in [L, K], and zeros at the end."""
+    length = x.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(row < length - steps, pltpu.roll(x, length - steps, 0), 0)
+
+
+def sums_to_end(x: Any) -> Any:
+    """The sums of [L, K] from each step to the last."""
+    step = 1
+    while step < x.shape[0]:
+        x = x + following(x, step)
+        step *= 2
+    return x

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, places, turned
+from kernels_pallas.chunks import CHUNK, places, sums_to_end, turned
 from kernels_pallas.delta import Pairs, form_of, two
 from kernels_pallas.delta_run import check, memory, run
 from kernels_pallas.outer import dot
@@ -116,12 +116,8 @@ def _pairs(readers: Any, k: Any, g: Any, documents: Any) -> Pairs:
 
 
 def _d_gates(each: Any, to_state: Any, flowing: Any) -> Any:
-    length, step = each.shape[0], 1
-    row = jax.lax.broadcasted_iota(jnp.int32, each.shape, 0)
-    while step < length:  # sums from each step to the end
-        each = each + jnp.where(row < length - step, pltpu.roll(each, length - step, 0), 0)
-        step *= 2
-    return each + jnp.sum(to_state, axis=0, keepdims=True) + turned(jnp.sum(flowing, axis=1, keepdims=True))[:1]
+    flowing = turned(jnp.sum(flowing, axis=1, keepdims=True))[:1]
+    return sums_to_end(each) + jnp.sum(to_state, axis=0, keepdims=True) + flowing
 
 
 FORM = form_of("chunk_delta_keys", _pairs)

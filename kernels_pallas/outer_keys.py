@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, check_shapes, places, turned
+from kernels_pallas.chunks import CHUNK, check_shapes, following, places, sums_to_end, turned
 from kernels_pallas.outer import Form, check, dot, run
 
 CLIP = 1e4  # exp(-CLIP) is 0
@@ -204,14 +204,8 @@ def _backward_kernel(*refs: Any, bonus: bool = False) -> None:
     dv[...] = (dot(scores.astype(kind), do, (0, 0)) + dot(early, narrow, (1, 0))).astype(dv.dtype)
     whole = from_start[-1:] * jnp.exp(g[-1:]) if bonus else from_start[-1:]
     kept = turned(jnp.where(carried[-1:], whole, 0))[:, :1]
-    length, step = q.shape[0], 1
-    row = jax.lax.broadcasted_iota(jnp.int32, q.shape, 0)
-    following = lambda x, steps: jnp.where(row < length - steps, pltpu.roll(x, length - steps, 0), 0)
     of_q = following(wide_q * other_q, 1) if bonus else wide_q * other_q
-    each = of_q - wide_k * other_k
-    while step < length:  # sums from each step to the end
-        each = each + following(each, step)
-        step *= 2
+    each = sums_to_end(of_q - wide_k * other_k)
     flowing = turned(jnp.sum(kept * state * after, axis=1, keepdims=True))[:1]
     dg[...] = each + flowing + jnp.sum(wide_k * to_state, axis=0, keepdims=True)
     first = dot(late, do, (0, 0)) + kept * after
