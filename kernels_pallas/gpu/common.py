@@ -68,6 +68,12 @@ def read_far(ref: Any) -> Any:
     return plgpu.load(ref, *([()] if INDEXED else []), layout=TILE, optimized=False)
 
 
+def halves_of(values: Any) -> tuple[Any, Any]:
+    """float32 as two bfloat16, high and low, whose sum has 16 of its bits."""
+    high = values.astype(jnp.bfloat16)
+    return high, (values - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
 def by_rows(column: Any, columns: int) -> Any:
     """A number a row, in all columns."""
     return lax.broadcast_in_dim(column, (column.shape[0], columns), [0])

@@ -24,6 +24,7 @@ from kernels_pallas.gpu.common import (
     accumulator,
     by_columns,
     by_rows,
+    halves_of,
     launch,
     numbers,
     places,
@@ -44,10 +45,8 @@ def strengths_and_gates(log_decay: jax.Array, beta: jax.Array, segment: jax.Arra
 
 
 def split(pair: Any, values: Any) -> None:
-    """Writes float32 values as two tiles of bfloat16, high and low."""
-    high = values.astype(jnp.bfloat16)
-    pair[0] = high
-    pair[1] = (values - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    """Writes `halves_of` into the two tiles of a reference."""
+    pair[0], pair[1] = halves_of(values)
 
 
 def multiply(total: Any, left: Any, right: Any) -> None:

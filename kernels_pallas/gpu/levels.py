@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.common import CHUNK, TILE, accumulator, places
+from kernels_pallas.gpu.common import CHUNK, TILE, accumulator, halves_of, places
 
 LEVELS = (1, 2, 4, 8, 16, 32)  # steps of a block, half of a pair
 
@@ -57,8 +57,6 @@ def sums_over(refs: Any, block: Any) -> Any:
 
 
 def write_parts(near: Any, values: Any) -> None:
-    """Writes float32 as two bfloat16, whose sum has 16 of its bits."""
-    high = values.astype(jnp.bfloat16)
-    near[0][...] = high
-    near[1][...] = (values - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    """Writes `halves_of` into two references, to be read by products."""
+    near[0][...], near[1][...] = halves_of(values)
     plgpu.commit_smem()
