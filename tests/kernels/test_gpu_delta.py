@@ -91,7 +91,7 @@ def _lost(right: Any) -> Any:
     return lambda *a: right(*a).at[..., walk.CARRIED, -1].multiply(0.95)
 
 
-def _one_term(pair: Any, values: Any) -> None:
+def one_term(pair: Any, values: Any) -> None:
     """The low term is what the high one is."""
     pair[0] = values.astype(jnp.bfloat16)
     pair[1] = values.astype(jnp.bfloat16)
@@ -104,7 +104,7 @@ WRONG = {
         "chunk_decays",
         lambda right: lambda *a: jnp.maximum(right(*a), 0.2),
     ),
-    "what is left of a write counts whole": (delta_program, "split", lambda right: _one_term),
+    "what is left of a write counts whole": (delta_program, "split", lambda right: one_term),
 }
 
 

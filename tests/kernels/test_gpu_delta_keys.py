@@ -24,7 +24,7 @@ from tests.kernels.hopper import (
 )
 from tests.kernels.test_delta import NAMES, shapes
 from tests.kernels.test_delta import inputs as inputs_of
-from tests.kernels.test_gpu_delta import STIFF, STIFF_DECAY, family
+from tests.kernels.test_gpu_delta import STIFF, STIFF_DECAY, family, one_term
 from tests.kernels.test_gpu_delta import called as called_of
 from tests.kernels.test_gpu_outer import BFLOAT16
 
@@ -103,16 +103,10 @@ def _lost(right: Any) -> Any:
     return wrong
 
 
-def _one_term(pair: Any, values: Any) -> None:
-    """The low term is what the high one is."""
-    pair[0] = values.astype(jnp.bfloat16)
-    pair[1] = values.astype(jnp.bfloat16)
-
-
 WRONG = {
     "a twentieth of the state is lost between chunks": (delta_keys, "gates_of", _lost),
     "halves do not meet": (delta_keys_pairs, "LEVELS", lambda right: right[:-1]),
-    "what is left of a write counts whole": (delta_program, "split", lambda right: _one_term),
+    "what is left of a write counts whole": (delta_program, "split", lambda right: one_term),
 }
 
 
