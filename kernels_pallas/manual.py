@@ -20,10 +20,10 @@ def pallas_call(kernel: Callable[..., None], *, out_shape: Sequence[Any], **opti
 
     def run(*arrays: Any) -> Any:
         axes = _axes(arrays)
-        arrays = [_vary(x, axes) for x in arrays]
-        kind = jax.typeof(arrays[0]).manual_axis_type
+        alike = [_vary(x, axes) for x in arrays]
+        kind = jax.typeof(alike[0]).manual_axis_type
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind) for x in out_shape]
-        return pl.pallas_call(kernel, out_shape=shapes, **options)(*arrays)
+        return pl.pallas_call(kernel, out_shape=shapes, **options)(*alike)
 
     return run
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Tree = TypeVar("Tree")
+
 
 def device() -> Any:
     """What a program is made for: the abstract mesh's device where one is set, else jax's default."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    default = jax.config.jax_default_device
+    default: Any = jax.config.values["jax_default_device"]
     if isinstance(default, str):
         default = jax.devices(default)[0]
     return abstract or default or jax.devices()[0]
@@ -35,7 +37,7 @@ def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def vary_alike(tree: Any) -> Any:
+def vary_alike(tree: Tree) -> Tree:
     """Every leaf typed as varying over all the mesh axes that one of them varies over."""
     axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(tree)))
     return jax.tree.map(lambda leaf: vary_over(jnp.asarray(leaf), axes), tree)

@@ -179,7 +179,7 @@ def outer(
     given = (query, key, value, log_decay)
     q, k, v, g = (jnp.swapaxes(_empty(x, segments), 1, 2) for x in given)
     documents = _documents(segments, value.shape[:2])
-    (*arrays, bonus) = vary_alike((q, k, v, g, state, documents, bonus))
+    arrays, bonus = vary_alike(((q, k, v, g, state, documents), bonus))
     if own and per_key:
         out, state = gpu_outer_keys.chunk_outer_keys(*arrays, False, INTERPRET, bonus)
     elif own:
@@ -279,8 +279,9 @@ def exponential(
     arrays = [_empty(x, segments) for x in (query, key, value)]
     arrays += [log_input.astype(jnp.float32), _empty(log_forget.astype(jnp.float32), segments)]
     q, k, v, i, f = (jnp.swapaxes(x, 1, 2) for x in arrays)
-    kept = tuple(x.astype(jnp.float32) for x in state)
-    given = (*vary_alike((q, k, v, i, f, kept, _documents(segments, query.shape[:2]))), eps)
+    log_max, normaliser, memory = (x.astype(jnp.float32) for x in state)
+    documents = _documents(segments, query.shape[:2])
+    given = (*vary_alike((q, k, v, i, f, (log_max, normaliser, memory), documents)), eps)
     if own:
         out, after = gpu_exponential.chunk_exponential(*given, INTERPRET)
     else:
