@@ -1,8 +1,8 @@
 """`python -m experiments.bench [scan|decode|compile|step|training|peers|kernels|memory ...] [--quick] [--out FILE]`;
 the first four where none is named. `training` times steps of whole models, `peers` compares some with transformers, for
 which it needs the extra `parity`, `kernels` are the hot scans at the shapes of real models, with a report beside FILE,
-and `memory` compiles scans with their gradients to see what a token takes. What fails among kernels is noted, named at
-the end, and makes the status 1.
+and `memory` compiles scans with their gradients, and training steps, to see what a token takes. What fails among
+kernels is noted, named at the end, and makes the status 1.
 
 Each implementation is checked against its oracle before it is timed. Rows are appended to FILE as JSON lines, each with
 the command, commit, versions and device.

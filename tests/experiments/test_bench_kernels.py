@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import kernels, kernels_cases, kernels_gate, kernels_report, measure, memory
+from experiments.bench import kernels, kernels_cases, kernels_gate, kernels_report, measure, memory, training
 from experiments.bench.kernels_cases import FAMILIES, MATRICES, SMALL, Shape
 from experiments.bench.kernels_report import latest
 from experiments.bench.measure import Compiled, Quartiles, Rates, Work
@@ -162,6 +162,7 @@ def test_under_the_name_of_xla_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -
     rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 8), "float32", 0, {}))
     assert [row["implementation"] for row in rows if "note" not in row][:2] == ["XLA auto", "XLA sequential"]
     monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:1])
+    monkeypatch.setattr(training, "MODELS", ())
     monkeypatch.setattr(memory, "compiled", lambda function, *x: jax.eval_shape(function, *x) and Compiled(None, 1, 1))
     assert len(list(memory.rows(quick=True, seed=0))) == 2
     assert auto.KERNELS is table
@@ -292,10 +293,17 @@ def test_memory_a_token() -> None:
 
 @pytest.mark.slow
 def test_memory_is_compiled_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:2])
+    """Of families of every kind, and of a training step, whose tokens are those of all rows."""
+    chosen = [family for family in FAMILIES if family.name in ("outer, a decay per head", "diagonal", "selective")]
+    monkeypatch.setattr(memory, "FAMILIES", chosen)
+    monkeypatch.setattr(training, "MODELS", ("Griffin",))
     rows = list(memory.rows(quick=True, seed=0))
-    assert [row["tokens"] for row in rows] == [128, 256]
-    assert rows[0]["peak_bytes"] < rows[1]["peak_bytes"]
+    assert [row["case"].removeprefix("memory ") for row in rows[::2]] == [
+        "outer, a decay per head, 2 heads of 32 x 32", "diagonal, width 32", "selective, width 32, state 4",
+        "train Griffin, 4 layers of width 32, 2 rows",
+    ]  # fmt: skip
+    assert [row["tokens"] for row in rows] == [128, 256] * 4
+    assert all(short["peak_bytes"] < long["peak_bytes"] for short, long in zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_errors() -> None:
