@@ -106,4 +106,5 @@ def verdicts(found: list[Row]) -> Iterator[str]:
         slope, fixed = np.polyfit(tokens, peaks, 1)
         off = np.max(np.abs(fixed + slope * tokens - peaks) / peaks)
         arrays = slope / here[0]["array_bytes_per_token"]
-        yield f"{case}: {slope / 1e3:.0f} kB a token ({arrays:.1f} arrays) and {fixed / 1e6:.0f} MB, within {off:.1%}"
+        token = f"{slope / 1e3:.0f} kB a token ({arrays:.1f} arrays)"
+        yield f"{case}: {token} and {round(fixed / 1e6)} MB, within {off:.1%}"
