@@ -311,6 +311,7 @@ def test_the_committed_report_is_that_of_the_committed_rows(tmp_path: Path) -> N
     text = (tmp_path / "cpu.md").read_text()
     assert text == (committed / "cpu.md").read_text()
     assert "| exponentials ms |" in text
+    assert re.search(r"^- train GLA, .* kB a token .* MB, within ", text, re.MULTILINE)
     rows = [json.loads(line) for line in (committed / "cpu.jsonl").read_text().splitlines()]
     shown = {row["time"] for row in latest(rows)}
     assert {row["time"] for row in rows} == shown
