@@ -156,10 +156,10 @@ def _weighed(query: Any, key: Any, value: Any, log_input: Any, log_forget: Any) 
     return query, (jnp.exp(log_input)[..., None] * key).astype(key.dtype), value, log_forget
 
 
-def sigmoid_scan(*inputs: Any, method: str, segments: Segments | None = None) -> Any:
+def sigmoid_scan(*inputs: Any, method: str, segments: Segments | None = None, **options: Any) -> Any:
     """Inputs as of `mlstm_scan`; the kernel is one that no family calls."""
     if method != "pallas":
-        return gated_linear_attention(*_weighed(*inputs), method=method, segments=segments)
+        return gated_linear_attention(*_weighed(*inputs), method=method, segments=segments, **options)
     batch, length, heads, size = inputs[1].shape
     state = jnp.zeros((batch, heads, size)), jnp.zeros((batch, heads, size, inputs[2].shape[3]))
     documents = jnp.zeros((batch, length), jnp.int32) if segments is None else segments.ids
