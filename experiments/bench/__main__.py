@@ -1,8 +1,8 @@
 """`python -m experiments.bench [scan|decode|compile|step|training|peers|kernels|memory ...] [--quick] [--out FILE]`;
 the first four where none is named. `training` times steps of whole models, `peers` compares some with transformers, for
 which it needs the extra `parity`, `kernels` are the hot scans at the shapes of real models, with a report beside FILE,
-and `memory` compiles scans with their gradients to see what a token takes. What fails among kernels is noted, named at
-the end, and makes the status 1.
+and `memory` compiles scans with their gradients, and training steps, to see what a token takes. What fails among
+kernels is noted, named at the end, and makes the status 1.
 
 Each implementation is checked against its oracle before it is timed. Rows are appended to FILE as JSON lines, each with
 the command, commit, versions and device.
@@ -42,6 +42,8 @@ class Options:
     are."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of kernels: the type of queries, keys and values; bfloat16 but on CPUs."""
+    report_only: bool = False
+    """Of kernels: measure nothing, write the report of the rows in FILE anew."""
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
@@ -90,6 +92,10 @@ def parts(options: Options | None = None) -> dict[str, Part]:
 def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Options, prog="python -m experiments.bench", description=__doc__, args=arguments)
 
+    if options.report_only:
+        if options.what != ("kernels",):
+            raise ValueError(f"--report-only is for kernels, not for {' '.join(options.what)}")
+        return _report(_out("kernels", options))
     if "kernels" in options.what:
         _a_device_a_core()
     from experiments.bench.measure import rates
@@ -101,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     failed = []
     for name in options.what:
-        out = options.out or Path("runs") / ("kernels.jsonl" if name == "kernels" else "bench.jsonl")
+        out = _out(name, options)
         out.parent.mkdir(parents=True, exist_ok=True)
         part, found = parts(options)[name], []
         with out.open("a") as file:
@@ -113,14 +119,22 @@ def main(arguments: Sequence[str]) -> None:
         print(table(name, found))
         print("\n".join(part.verdicts(found)), flush=True)
         if name == "kernels":
-            from experiments.bench.kernels_report import write
-
-            print(f"written: {', '.join(map(str, write(out)))}")
+            _report(out)
         print(f"rows: {out}")
         failed += [row for row in found if row.get("failed")]
     if failed:
         told = (f"{row['family']} {row['shape']}, {row['implementation']}: {row['note']}" for row in failed)
         fail("\n  ".join([f"{len(failed)} failed", *told]), 1)
+
+
+def _out(name: str, options: Options) -> Path:
+    return options.out or Path("runs") / ("kernels.jsonl" if name == "kernels" else "bench.jsonl")
+
+
+def _report(out: Path) -> None:
+    from experiments.bench.kernels_report import write
+
+    print(f"written: {', '.join(map(str, write(out)))}")
 
 
 def _a_device_a_core() -> None:

@@ -12,11 +12,14 @@ import numpy as np
 
 from experiments.bench import by_hand
 from experiments.bench.case import Function, over_heads
+from kernels_pallas import exponential
+from kernels_pallas.gpu import exponential as gpu_exponential
 from seqmodels.operators import (
     ExponentialState,
     delta_rule,
     diagonal_scan,
     gated_linear_attention,
+    kernels,
     mlstm_scan,
     selective_scan,
 )
@@ -144,6 +147,28 @@ def _unscaled(state: ExponentialState) -> tuple[Any, Any]:
     return scale * state.normaliser, scale[..., None] * state.memory
 
 
+def _sigmoid(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
+    return (*_matrices(random, shape), 10 * _gate(random, *shape[:3]), _gate(random, *shape[:3]))
+
+
+def _weighed(query: Any, key: Any, value: Any, log_input: Any, log_forget: Any) -> tuple[Any, ...]:
+    """mLSTM with input gates in (0, 1) and no normaliser is a decay per head of keys times these."""
+    return query, (jnp.exp(log_input)[..., None] * key).astype(key.dtype), value, log_forget
+
+
+def sigmoid_scan(*inputs: Any, method: str, segments: Segments | None = None, **options: Any) -> Any:
+    """Inputs as of `mlstm_scan`; the kernel is one that no family calls."""
+    if method != "pallas":
+        return gated_linear_attention(*_weighed(*inputs), method=method, segments=segments, **options)
+    batch, length, heads, size = inputs[1].shape
+    state = jnp.zeros((batch, heads, size)), jnp.zeros((batch, heads, size, inputs[2].shape[3]))
+    documents = jnp.zeros((batch, length), jnp.int32) if segments is None else segments.ids
+    kernel = (gpu_exponential if kernels.on_hopper() else exponential).chunk_sigmoid
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in inputs)
+    out, (_, memory) = kernel(*heads_first, state, documents, normalise=False, interpret=kernels.INTERPRET)
+    return jnp.swapaxes(out, 1, 2), memory
+
+
 def _diagonal(random: np.random.Generator, shape: Shape) -> tuple[np.ndarray, ...]:
     sizes = (shape.batch, shape.length, shape.size)
     return _gate(random, *sizes), random.standard_normal(sizes, np.float32)
@@ -188,6 +213,8 @@ FAMILIES = (
            exponentials=True),
     Family("exponential", MATRICES, _exponential, lambda *x, **o: mlstm_scan(*x, eps=0.0, **o), by_hand.mlstm, _head, 5,
            over_heads(by_hand.associative_mlstm), products=2, of_states=_unscaled),
+    Family("exponential, sigmoid gates", MATRICES, _sigmoid, lambda *x, **o: sigmoid_scan(*x, **o),
+           lambda *x: by_hand.outer(*_weighed(*x)), _head, 5, lambda *x: _associative(*_weighed(*x)), products=2),
     Family("selective", (Shape(1, 4096, 1, 4096, state=16),), _selective, lambda *x, **o: selective_scan(*x, **o),
            by_hand.selective, lambda x, number: x[:8] if number == 2 else x if number > 2 else x[:, :8], 2,
            by_hand.associative_selective, ("auto", "chunked"), shared=(3, 4), exponentials=True),

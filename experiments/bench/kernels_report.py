@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.bench import memory
 from experiments.bench.kernels_cases import cases
 
 Row = dict[str, Any]
@@ -14,7 +16,10 @@ FLOORS = {"product": "a product's rate", "copy": "a copy's rate"}
 
 
 def write(path: Path) -> list[Path]:
-    """From the rows in `path`, the latest of each kind: `path` with the suffixes .md and .png."""
+    """From the rows in `path`, the latest of each kind: `path` with the suffixes .md and .png.
+
+    What tokens take is told, too, where rows of `memory` lie beside them as memory-`path`.
+    """
     from experiments.bench.__main__ import table
 
     rows = [two_floors(row) for row in latest([json.loads(line) for line in path.read_text().splitlines()])]
@@ -47,7 +52,7 @@ Left out, or failed:
 Not run, of the full list:
 
 {listed(not_run(rows))}
-![times the floor]({path.with_suffix(".png").name})
+{memory_a_token(path.with_name(f"memory-{path.name}"))}![times the floor]({path.with_suffix(".png").name})
 """
     path.with_suffix(".md").write_text(text)
     plot(timed, path.with_suffix(".png"))
@@ -75,6 +80,10 @@ def run_of(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in ("device", "time", "command", "commit"))
 
 
+def began(row: Row) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(row["time"])
+
+
 def origin(rows: list[Row]) -> str:
     """Where the rows of a run come from, and the rates that their floors were computed with."""
     row, machine = rows[0], next((row for row in rows if "note" not in row), None)
@@ -91,11 +100,13 @@ def origin(rows: list[Row]) -> str:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """Of every family and shape on a kind of device, the rows of the newest run that has any.
+    """Of every family and shape on a kind of device, the rows of the newest run that has any, in the order of runs.
 
-    Rows from before a row held the rates of its floors do not count.
+    A run is as new as its `time` says, wherever its lines stand. Rows from before a row held the rates of its floors do
+    not count.
     """
     rows = [row for row in rows if row.get("bench") == "kernels" and ("copy_gb_s" in row or "note" in row)]
+    rows.sort(key=began)
     newest = {group_of(row): run_of(row) for row in rows}
     kept = [row for row in rows if run_of(row) == newest[group_of(row)]]
     return list({(*group_of(row), row["implementation"]): row for row in kept}.values())
@@ -131,6 +142,22 @@ def not_run(rows: list[Row]) -> Iterator[str]:
         for family, shape in cases(quick=quick):
             if (family.name, str(shape)) not in there:
                 yield f"{kind}: {family.name}, {shape}"
+
+
+def memory_a_token(path: Path) -> str:
+    """The section of the newest run with rows in `path`; nothing where there is none."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not rows:
+        return ""
+    newest = max(map(began, rows))
+    found = [row for row in rows if began(row) == newest]
+    lines = "\n".join(f"- {told.removeprefix('memory ')}" for told in memory.verdicts(found))
+    return f"""Memory a token: compiled peaks with gradients, arguments included, at several lengths, and a line through
+them ([rows]({path.name}); {found[0]["device"]}; commit {found[0]["commit"]}; `{found[0]["command"]}`):
+
+{lines}
+
+"""
 
 
 def plot(timed: list[Row], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory: what there is, and what scans with their gradients need for every token, of which nothing is run."""
+"""Memory: what there is, and what scans with their gradients and training steps need a token, compiled and not run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.bench import training
 from experiments.bench.case import Row
-from experiments.bench.kernels_cases import FAMILIES, Shape, structs, with_gradients
-from experiments.bench.measure import compiled, size_of
+from experiments.bench.kernels_cases import FAMILIES, QUICK, Family, Shape, structs, with_gradients
+from experiments.bench.measure import Compiled, compiled, size_of
 
 LENGTHS, HEADS, SIZE = (1024, 2048, 4096, 8192), 16, 128
+STEPS = (1024, 2048, 4096)
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -41,23 +43,45 @@ def too_much(needed: float) -> str | None:
 
 
 def rows(*, quick: bool, seed: int) -> Iterator[Row]:
-    """The compiled peak of a scan and its gradients at several lengths, for every family with a state of K x V."""
-    lengths, heads, size = ((128, 256), 2, 32) if quick else (LENGTHS, HEADS, SIZE)
+    """The compiled peak at several lengths: of the scan and gradients of every family, and of training steps."""
     for family in FAMILIES:
-        if not family.products:
-            continue
         scan = functools.partial(family.xla, method="auto")
-        for length in lengths:
-            given = structs(family, Shape(1, length, heads, size), "float32")
+        for length in (128, 256) if quick else LENGTHS:
+            shape = _shape(family, length, quick)
+            given = structs(family, shape, "float32")
             out, _ = jax.eval_shape(scan, *given)
             program = compiled(with_gradients(scan, len(given)), *given, out)
-            yield {
-                "case": f"memory {family.name}, {heads} heads of {size} x {size}",
-                "tokens": length,
-                "peak_bytes": program.peak_bytes,
-                "array_bytes_per_token": size_of(out) / length,
-                "compile_seconds": program.seconds,
-            }
+            yield _row(f"memory {family.name}, {_sizes(shape)}", length, size_of(out) / length, program)
+    width = 32 if quick else training.WIDTH
+    for name in training.MODELS:
+        for length in (64, 128) if quick else STEPS:
+            # a model is the same at every length
+            step, start, batch = training.parts(name, width, length, seed, window=64 if quick else training.LENGTH)
+            case = f"memory train {name}, {training.LAYERS} layers of width {width}, {training.BATCH} rows"
+            yield _row(case, batch["tokens"].size, 4 * width, compiled(step, start(), batch))
+
+
+def _shape(family: Family, length: int, quick: bool) -> Shape:
+    """One row; families without products have the width of their only shape."""
+    heads, size = (2, 32) if quick else (HEADS, SIZE)
+    own = Shape(1, length, heads, size) if family.products else QUICK[family.name][0] if quick else family.shapes[0]
+    return own._replace(batch=1, length=length)
+
+
+def _sizes(shape: Shape) -> str:
+    if shape.heads > 1:
+        return f"{shape.heads} heads of {shape.size} x {shape.size}"
+    return f"width {shape.size}" + (f", state {shape.state}" if shape.state else "")
+
+
+def _row(case: str, tokens: int, array_bytes_per_token: float, program: Compiled) -> Row:
+    return {
+        "case": case,
+        "tokens": tokens,
+        "peak_bytes": program.peak_bytes,
+        "array_bytes_per_token": array_bytes_per_token,
+        "compile_seconds": program.seconds,
+    }
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -72,7 +96,8 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def verdicts(found: list[Row]) -> Iterator[str]:
-    """A fixed part and one that grows with the tokens, by least squares; arrays are those of values."""
+    """A fixed part and one that grows with the tokens, by least squares; arrays are those of values, or of a
+    model's width."""
     for case in dict.fromkeys(row["case"] for row in found):
         here = [row for row in found if row["case"] == case and row["peak_bytes"] is not None]
         if len(here) < 2:
@@ -81,4 +106,5 @@ def verdicts(found: list[Row]) -> Iterator[str]:
         slope, fixed = np.polyfit(tokens, peaks, 1)
         off = np.max(np.abs(fixed + slope * tokens - peaks) / peaks)
         arrays = slope / here[0]["array_bytes_per_token"]
-        yield f"{case}: {slope / 1e3:.0f} kB a token ({arrays:.1f} arrays) and {fixed / 1e6:.0f} MB, within {off:.1%}"
+        token = f"{slope / 1e3:.0f} kB a token ({arrays:.1f} arrays)"
+        yield f"{case}: {token} and {round(fixed / 1e6)} MB, within {off:.1%}"

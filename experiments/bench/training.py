@@ -20,7 +20,7 @@ from experiments.bench.case import Row
 from experiments.bench.measure import compiled, side_by_side
 from seqmodels import params
 from seqmodels.train import TrainConfig, make_optimizer
-from seqmodels.train.step import init_state, make_step
+from seqmodels.train.step import Step, TrainState, init_state, make_step
 
 MODELS = ("Mamba-2", "GLA", "Griffin")
 LAYERS, WIDTH, VOCABULARY, BATCH, LENGTH = 4, 512, 1024, 2, 1024
@@ -29,26 +29,33 @@ LAYERS, WIDTH, VOCABULARY, BATCH, LENGTH = 4, 512, 1024, 2, 1024
 def rows(*, quick: bool, seed: int) -> Iterator[Row]:
     """One row a model; `quick` takes width 32 and 64 tokens."""
     width, length = (32, 64) if quick else (WIDTH, LENGTH)
-    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (BATCH, length), np.int32)
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1)}
-    batch |= {"start": np.arange(length)[None].repeat(BATCH, 0) == 0, "valid": np.ones((BATCH, length), bool)}
     for name in MODELS:
-        config = dataclasses.replace(zoo.model(name, width, LAYERS, window=length), vocab_size=VOCABULARY)
-        model = config.make(rngs=nnx.Rngs(seed))
-        definition, arrays = params.split(model)
-        optimizer = make_optimizer(TrainConfig(), params.labels(model))
-        step = make_step(definition, optimizer)
-        program = compiled(step, init_state(arrays, optimizer, seed), batch)
-        run = functools.partial(program.run, init_state(arrays, optimizer, seed), batch)
+        step, start, batch = parts(name, width, length, seed, window=length)
+        program = compiled(step, start(), batch)
+        run = functools.partial(program.run, start(), batch)
         taken = side_by_side({name: run}, budget=2.0 if quick else 10.0, least=3, most=20)[name]
         yield {
             "case": f"train {name}",
             "seconds": taken._asdict(),
             "compile_seconds": program.seconds,
             "peak_bytes": program.peak_bytes,
-            "tokens_per_second": tokens.size / taken.median,
+            "tokens_per_second": batch["tokens"].size / taken.median,
             "outside_products": outside_products(run, program.run.as_text()),
         }  # fmt: skip
+
+
+def parts(
+    name: str, width: int, length: int, seed: int, *, window: int
+) -> tuple[Step, Callable[[], TrainState], dict[str, np.ndarray]]:
+    """A model's training step, what makes the state before the first one, and a batch."""
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (BATCH, length), np.int32)
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1)}
+    batch |= {"start": np.arange(length)[None].repeat(BATCH, 0) == 0, "valid": np.ones((BATCH, length), bool)}
+    config = dataclasses.replace(zoo.model(name, width, LAYERS, window=window), vocab_size=VOCABULARY)
+    model = config.make(rngs=nnx.Rngs(seed))
+    definition, arrays = params.split(model)
+    optimizer = make_optimizer(TrainConfig(), params.labels(model))
+    return make_step(definition, optimizer), functools.partial(init_state, arrays, optimizer, seed), batch
 
 
 def outside_products(run: Callable[[], Any], program: str) -> float | None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import kernels, kernels_cases, kernels_gate, kernels_report, measure, memory
+from experiments.bench import kernels, kernels_cases, kernels_gate, kernels_report, measure, memory, training
 from experiments.bench.kernels_cases import FAMILIES, MATRICES, SMALL, Shape
 from experiments.bench.kernels_report import latest
 from experiments.bench.measure import Compiled, Quartiles, Rates, Work
@@ -162,6 +162,7 @@ def test_under_the_name_of_xla_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -
     rows = list(kernels._measured(FAMILIES[1], Shape(1, 64, 1, 8), "float32", 0, {}))
     assert [row["implementation"] for row in rows if "note" not in row][:2] == ["XLA auto", "XLA sequential"]
     monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:1])
+    monkeypatch.setattr(training, "MODELS", ())
     monkeypatch.setattr(memory, "compiled", lambda function, *x: jax.eval_shape(function, *x) and Compiled(None, 1, 1))
     assert len(list(memory.rows(quick=True, seed=0))) == 2
     assert auto.KERNELS is table
@@ -181,7 +182,7 @@ def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypa
     monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
     kind = family.name.split(",")[0]
     names = {"outer": "gated_linear_attention", "delta": "delta_rule", "exponential": "mlstm_scan"}
-    function = names.get(kind, f"{kind}_scan")
+    function = "sigmoid_scan" if "sigmoid" in family.name else names.get(kind, f"{kind}_scan")
     original = getattr(kernels_cases, function)
 
     def off(*inputs: Any, **options: Any) -> Any:
@@ -203,19 +204,42 @@ def test_what_is_wrong_is_not_timed(family: kernels.Family, wrong: str, monkeypa
         assert re.search(r"AssertionError: .* is off by .* not timed", row["note"])
 
 
+def test_sigmoid_gates_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the bench compares them, outputs, final states and gradients; the kernel for TPUs is interpreted here, and
+    that for GPUs traced."""
+    (family,) = (family for family in FAMILIES if family.name == "exponential, sigmoid gates")
+    monkeypatch.setattr(families_kernels, "INTERPRET", True)
+    monkeypatch.setattr(kernels, "on_hopper", lambda: True)  # or "Pallas" is left out
+    monkeypatch.setattr(kernels, "side_by_side", lambda runs, **_: dict.fromkeys(runs, Quartiles(1, 1, 1)))
+    shape = Shape(1, 100, 2, 16, documents=3)
+    rows = {row["implementation"]: row for row in kernels._measured(family, shape, "float32", 0, {})}
+    assert "note" not in rows["Pallas"]
+    assert 0 < rows["Pallas"]["difference"] < 1e-4
+    monkeypatch.setattr(families_kernels, "on_hopper", lambda: True)
+    shape = Shape(1, 100, 2, 64, documents=3)
+    traced = lambda kind: jax.eval_shape(
+        kernels._functions(family, shape)["Pallas"], *kernels_cases.structs(family, shape, kind)
+    )
+    assert traced("bfloat16")[0].dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"chunk_sigmoid: .*float32"):
+        traced("float32")
+
+
 def row_of(implementation: str, time: str, milliseconds: float = 1.0, **more: Any) -> dict[str, Any]:
-    row = {"bench": "kernels", "family": "diagonal", "shape": "8x8192x4096", "dtype": "float32", "time": time}
+    """`time`: of the day."""
+    row = {"bench": "kernels", "family": "diagonal", "shape": "8x8192x4096", "dtype": "float32"}
+    row |= {"time": f"2026-11-29T{time}:00:00+0000"}
     row |= {"device": "cpu cpu x 1, 2 cores", "command": "c", "commit": "0", "implementation": implementation}
     row |= {"ms_forward": milliseconds, "ms_forward_backward": 2 * milliseconds, "copy_gb_s": 20.0}
     return row | {"shares": {"copy": [0.246 / milliseconds, 0.0011]}} | more
 
 
 def test_the_rows_of_a_shapes_newest_run_count() -> None:
-    old = [row_of("XLA auto", "1", 4.0), row_of("XLA sequential", "1"), row_of("XLA auto", "1", family="delta")]
-    new = [row_of("XLA auto", "2", device="cpu cpu x 2, 2 cores"), row_of("a", "2", device="cpu cpu x 2, 2 cores")]
-    other = row_of("Pallas", "1", device="gpu NVIDIA H100 x 1, 26 cores")
-    assert latest([*old, other, row_of("XLA auto", "3", bench="scan"), *new]) == [old[2], other, *new]
-    unknown = row_of("XLA auto", "3")
+    old = [row_of("XLA auto", "01", 4.0), row_of("XLA sequential", "01"), row_of("XLA auto", "01", family="delta")]
+    new = [row_of("XLA auto", "02", device="cpu cpu x 2, 2 cores"), row_of("a", "02", device="cpu cpu x 2, 2 cores")]
+    other = row_of("Pallas", "01", device="gpu NVIDIA H100 x 1, 26 cores")
+    assert latest([*old, other, row_of("XLA auto", "03", bench="scan"), *new]) == [old[2], other, *new]
+    unknown = row_of("XLA auto", "03")
     del unknown["copy_gb_s"]
     assert latest([unknown]) == []
     assert list(kernels_report.verdicts(latest([*old[:2], *new]))) == [
@@ -224,15 +248,30 @@ def test_the_rows_of_a_shapes_newest_run_count() -> None:
     assert kernels_report.devices_without([other]) == "**No TPU figure was taken.**\n"
 
 
+@pytest.mark.parametrize("newer_first", [False, True])
+def test_a_run_is_as_new_as_its_time(newer_first: bool, tmp_path: Path) -> None:
+    """Wherever its lines stand."""
+    more = {"versions": {"jax": "0", "python": "3"}, "product_gop_s": 1, "exponential_g_s": 1}
+    more |= {"ratio": 1, "ratio_forward_backward": 1}
+    old, new = (row_of("XLA auto", time, ms, **more) for time, ms in (("09", 4.0), ("10", 7.0)))
+    assert latest([new, old] if newer_first else [old, new]) == [new]
+    out = tmp_path / "cpu.jsonl"
+    out.write_text("".join(json.dumps(row) + "\n" for row in ([new, old] if newer_first else [old, new])))
+    bench.main(["kernels", "--report-only", "--out", str(out)])
+    assert "| XLA auto | 7 | 14 |" in out.with_suffix(".md").read_text()
+    with pytest.raises(ValueError, match="--report-only is for kernels, not for memory"):
+        bench.main(["memory", "--report-only"])
+
+
 def test_what_no_row_has_is_listed() -> None:
-    missing = list(kernels_report.not_run([row_of("XLA auto", "1")]))
+    missing = list(kernels_report.not_run([row_of("XLA auto", "01")]))
     assert len(missing) == sum(len(family.shapes) for family in FAMILIES) - 1
     assert "cpu cpu: delta, gated, 8x2048x32x256" in missing
     assert "cpu cpu: diagonal, 8x8192x4096" not in missing
 
 
 def test_a_row_without_products_has_no_rate_of_them() -> None:
-    cells = kernels_report.cells(row_of("XLA auto", "1", tflops=None, gb_per_s=[1.0, 2.0]))
+    cells = kernels_report.cells(row_of("XLA auto", "01", tflops=None, gb_per_s=[1.0, 2.0]))
     assert (cells["TFLOP/s"], cells["GB/s"], cells["floor of"]) == ("", "1 / 2", "copy")
     assert [kernels_report.percent(x) for x in (0.372, 0.246, 0.0023)] == ["37 %", "24.6 %", "0.23 %"]
 
@@ -250,7 +289,7 @@ def test_exponentials_are_no_floor() -> None:
 def test_rows_from_when_exponentials_were_a_floor_are_read(tmp_path: Path) -> None:
     """4 ms forward and 8 with gradients, a floor of 3 ms of exponentials and one of 1 and 4 ms of bytes."""
     shares = {"copy": [0.25, 0.5], "exponential": [0.75, 0.375]}
-    row = row_of("XLA auto", "1", 4.0, shares=shares, floor_ms=3.0, floor_ms_forward_backward=4.0, ratio=4 / 3)
+    row = row_of("XLA auto", "01", 4.0, shares=shares, floor_ms=3.0, floor_ms_forward_backward=4.0, ratio=4 / 3)
     expected = {"floor_ms": 1.0, "floor_ms_forward_backward": 4.0, "ratio": 4.0, "ratio_forward_backward": 2.0}
     found = kernels_report.two_floors(row)
     assert {name: found[name] for name in expected} == expected
@@ -260,11 +299,36 @@ def test_rows_from_when_exponentials_were_a_floor_are_read(tmp_path: Path) -> No
     assert kernels_report.cells(found)["exponentials ms"] == "3"
     (told,) = kernels_report.verdicts([found])
     assert told.endswith("25.0 % and 50 % of a copy's rate, exponentials alone are 75 % of its forward time")
-    committed = Path(kernels_report.__file__).parents[1] / "results" / "kernels" / "cpu.jsonl"
-    copied = tmp_path / "cpu.jsonl"
-    copied.write_text(committed.read_text())
-    kernels_report.write(copied)
-    assert "| exponentials ms |" in copied.with_suffix(".md").read_text()
+
+
+def test_the_committed_report_is_that_of_the_committed_rows(tmp_path: Path) -> None:
+    """Where this fails, `python -m experiments.bench kernels --report-only --out experiments/results/kernels/cpu.jsonl`
+    writes it anew. Rows of runs that it does not show are in a file of their own."""
+    committed = Path(kernels_report.__file__).parents[1] / "results" / "kernels"
+    for name in ("cpu.jsonl", "memory-cpu.jsonl"):
+        (tmp_path / name).write_text((committed / name).read_text())
+    kernels_report.write(tmp_path / "cpu.jsonl")
+    text = (tmp_path / "cpu.md").read_text()
+    assert text == (committed / "cpu.md").read_text()
+    assert "| exponentials ms |" in text
+    assert re.search(r"^- train GLA, .* kB a token .* MB, within ", text, re.MULTILINE)
+    rows = [json.loads(line) for line in (committed / "cpu.jsonl").read_text().splitlines()]
+    shown = {row["time"] for row in latest(rows)}
+    assert {row["time"] for row in rows} == shown
+
+
+def test_memory_of_the_newest_run_is_in_the_report(tmp_path: Path) -> None:
+    assert kernels_report.memory_a_token(tmp_path / "none.jsonl") == ""
+    run = lambda hour, slope: [
+        {"time": f"2026-11-29T{hour}:00:00+0000", "device": "cpu", "commit": hour, "command": "c", "case": "memory x",
+         "tokens": tokens, "peak_bytes": slope * tokens, "array_bytes_per_token": 8e3} for tokens in (1024, 2048)
+    ]  # fmt: skip
+    path = tmp_path / "memory-cpu.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*run("10", 80_000), *run("09", 90_000)]))
+    told = kernels_report.memory_a_token(path)
+    assert "([rows](memory-cpu.jsonl); cpu; commit 10; `c`)" in told
+    assert "- x: 80 kB a token (10.0 arrays) and 0 MB, within 0.0%" in told
+    assert "90 kB" not in told
 
 
 def test_rates_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,10 +356,17 @@ def test_memory_a_token() -> None:
 
 @pytest.mark.slow
 def test_memory_is_compiled_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "FAMILIES", FAMILIES[:2])
+    """Of families of every kind, and of a training step, whose tokens are those of all rows."""
+    chosen = [family for family in FAMILIES if family.name in ("outer, a decay per head", "diagonal", "selective")]
+    monkeypatch.setattr(memory, "FAMILIES", chosen)
+    monkeypatch.setattr(training, "MODELS", ("Griffin",))
     rows = list(memory.rows(quick=True, seed=0))
-    assert [row["tokens"] for row in rows] == [128, 256]
-    assert rows[0]["peak_bytes"] < rows[1]["peak_bytes"]
+    assert [row["case"].removeprefix("memory ") for row in rows[::2]] == [
+        "outer, a decay per head, 2 heads of 32 x 32", "diagonal, width 32", "selective, width 32, state 4",
+        "train Griffin, 4 layers of width 32, 2 rows",
+    ]  # fmt: skip
+    assert [row["tokens"] for row in rows] == [128, 256] * 4
+    assert all(short["peak_bytes"] < long["peak_bytes"] for short, long in zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_errors() -> None:

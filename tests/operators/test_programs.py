@@ -68,7 +68,9 @@ def selective(length: int, size: int) -> Any:
 PROGRAMS = {
     "outer": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g)[0], matrices(n, k, 3)),
     "outer, a decay per key": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g)[0], matrices(n, k, 4)),
+    "outer, a bonus": lambda n, k: (lambda x, g: gated_linear_attention(*x, -g, bonus=g[0, 0])[0], matrices(n, k, 4)),
     "delta": lambda n, k: (lambda x, g: delta_rule(*x, g, -g)[0], matrices(n, k, 3)),
+    "delta, a decay per key": lambda n, k: (lambda x, g: delta_rule(*x, g[..., 0], -g)[0], matrices(n, k, 4)),
     "exponential, bfloat16": lambda n, k: (lambda x, g: mlstm_scan(*x, g, -g)[0], matrices(n, k, 3, jnp.bfloat16)),
     "selective": selective,
 }
