@@ -34,6 +34,16 @@ def documents_of(segment: jax.Array, chunk: int) -> jax.Array:
     return (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
 
 
+def belongs(documents: Any) -> tuple[Any, Any, Any]:
+    """Of a chunk's documents [1, L]: which steps [L, 1] belong to that of the state before it, and to that of the state
+    after it, and whether the two are one [1, 1].
+
+    What others would read or write of a state is selected away: an infinite one times 0 is NaN.
+    """
+    down, last = turned(documents)[:, :1], documents[:, -1:].astype(jnp.float32)
+    return down == 0, down == last, last == 0
+
+
 def turned(vector: Any) -> Any:
     """A row [1, N] or a column [N, 1] the other way round, in all columns or rows of a float32 [N, N]."""
     size = max(vector.shape)

@@ -81,7 +81,7 @@ def _over_levels(g: Any, one: Any, kind: Any, carry: Any, visit: Callable[..., A
 
 def _pairs(readers: Any, k: Any, g: Any, documents: Any) -> Pairs:
     kind, length = k.dtype, k.shape[0]
-    g, one, carried, ends = gates(g, documents)
+    g, one, carried, ends, _ = gates(g, documents)
     wide, wide_k = readers.astype(jnp.float32), k.astype(jnp.float32)
 
     def late(reach: Any) -> Any:
@@ -111,7 +111,7 @@ def _pairs(readers: Any, k: Any, g: Any, documents: Any) -> Pairs:
     own = two(own, jnp.zeros_like(own))  # a query reads what its own step writes, a key does not
     scores, reach, rest = _over_levels(g, one, kind, own, score)
     reach, rest = jnp.exp(reach), jnp.exp(rest)
-    kept = turned(jnp.where(carried[-1:], reach[-1:], 0))[:, :1]
+    kept = turned(reach[-1:])[:, :1]
     return Pairs(scores, jnp.where(carried, reach, 0), jnp.where(ends, rest, 0), kept, pull, _d_gates)
 
 

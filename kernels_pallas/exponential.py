@@ -67,7 +67,8 @@ def reference(
     log_forget = jnp.where((segment == before)[:, None], log_forget, -jnp.inf)
 
     def body(state: State, step: Any) -> Any:
-        (m, n, c), (q, k, v, i, f) = state, step
+        q, k, v, i, f, goes_on = step
+        m, n, c = (jnp.where(jnp.expand_dims(goes_on, range(1, x.ndim)), x, 0) for x in state)
         after, base = jnp.zeros_like(m), jnp.zeros_like(m)
         if form.stabilised:
             after = jnp.where(f + m >= i, f + m, i)
@@ -83,7 +84,7 @@ def reference(
         return (after, n, c), out
 
     moved = [jnp.moveaxis(x, 2, 0).astype(memory.dtype) for x in (query, key, value, log_input, log_forget)]
-    state, out = jax.lax.scan(body, (log_max, normaliser, memory), moved)
+    state, out = jax.lax.scan(body, (log_max, normaliser, memory), (*moved, (segment == before).T))
     return jnp.moveaxis(out, 0, 2), state
 
 

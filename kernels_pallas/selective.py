@@ -14,7 +14,8 @@ the gradient from the steps after t:
 
 The grid goes through the chunks of a row in turn, and in each through the blocks of channels, whose states all stay in
 VMEM: columns are laid along all lanes once a chunk, and what is summed over D leaves the lanes once a chunk. Where a
-document starts, E_t alone takes a step LONGEST more, so that nothing is left. Arithmetic is float32, whatever comes in.
+document starts, E_t alone takes a step LONGEST more, by which the state is known to end. Arithmetic is float32,
+whatever comes in.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ def reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The recurrence a token at a time, in the type of the state."""
     before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
-    x, dt, a, b, c, kept = (y.astype(state.dtype) for y in (x, dt, a, b, c, segment == before))
+    x, dt, a, b, c = (y.astype(state.dtype) for y in (x, dt, a, b, c))
 
     def body(state: jax.Array, step: Any) -> Any:
-        x, dt, b, c, kept = step
-        decay = kept[:, None, None] * jnp.exp(dt[..., None] * a[None])
-        state = decay * state + (dt * x)[..., None] * b[:, None]
+        x, dt, b, c, goes_on = step
+        state = jnp.where(goes_on[:, None, None], state, 0)
+        state = jnp.exp(dt[..., None] * a[None]) * state + (dt * x)[..., None] * b[:, None]
         return state, jnp.einsum("bdn,bn->bd", state, c)
 
-    state, y = jax.lax.scan(body, state, [jnp.swapaxes(part, 0, 1) for part in (x, dt, b, c, kept)])
+    state, y = jax.lax.scan(body, state, [jnp.swapaxes(part, 0, 1) for part in (x, dt, b, c, segment == before)])
     return jnp.swapaxes(y, 0, 1), state
 
 
