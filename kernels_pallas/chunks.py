@@ -27,6 +27,11 @@ def whole_chunks(chunk: int, *arrays: jax.Array, axis: int) -> list[jax.Array]:
     return [jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) for x in arrays]
 
 
+def lanes(size: int) -> int:
+    """What `size` entries of an array's last axis take of VMEM: whole registers of 128 lanes."""
+    return size + -size % 128
+
+
 def documents_of(segment: jax.Array, chunk: int) -> jax.Array:
     """[B, 1, T]: documents counted anew in every chunk, 0 for that of the state before it; the last one is padded."""
     segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % chunk)), mode="edge")

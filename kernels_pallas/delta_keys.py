@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, places, turned
+from kernels_pallas.chunks import CHUNK, lanes, places, turned
 from kernels_pallas.delta import Pairs, form_of, two
 from kernels_pallas.delta_run import check, memory, run
 from kernels_pallas.outer import dot
@@ -42,7 +42,7 @@ def chunk_delta_keys(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied while one is used), temporaries."""
-    keys, rows = 4 * chunk * (key_size + -key_size % 128), 2 * 8 * chunk * 4
+    keys, rows = 4 * chunk * lanes(key_size), 2 * 8 * chunk * 4
     levels = 1 if jnp.dtype(dtype) == jnp.float32 else chunk.bit_length() - 1
     return memory(key_size, value_size, chunk, dtype, keys + rows, keys + rows, (3 * levels + 7) * keys)
 

@@ -43,7 +43,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import exponential_kernels
-from kernels_pallas.chunks import CHUNK, check_shapes, documents_of, whole_chunks
+from kernels_pallas.chunks import CHUNK, check_shapes, documents_of, lanes, whole_chunks
 from kernels_pallas.exponential_kernels import Form
 from kernels_pallas.outer import Blocks
 
@@ -139,6 +139,7 @@ def chunk_sigmoid(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied while one is used), temporaries."""
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     gates = 2 * 8 * chunk * 4  # a row fills eight sublanes

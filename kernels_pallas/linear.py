@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, PARAMS, belongs, check_shapes, documents_of, turned, whole_chunks
+from kernels_pallas.chunks import CHUNK, PARAMS, belongs, check_shapes, documents_of, lanes, turned, whole_chunks
 from kernels_pallas.planes import Planes, exp, joined, pick, planes_of, plus, times, wide
 
 WIDTHS = (512, 256, 128)  # channels of a block, the first that divides them; all of them else
@@ -64,7 +64,7 @@ def linear_scan(
 
 def vmem_bytes(channels: int, chunk: int = CHUNK, *, planes: int = 1, dtype: Any = jnp.float32) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied as one is used), temporaries."""
-    block = chunk * _width(channels)
+    block = chunk * lanes(_width(channels))
     item = jnp.dtype(dtype).itemsize if planes == 1 else 4
     own = lambda inputs, outputs, live: planes * block * (2 * (inputs + outputs) * item + 4 * live)
     return {"forward": own(2, 1, 4), "backward": own(3, 2, 8)}

@@ -34,6 +34,7 @@ from kernels_pallas.chunks import (
     belongs,
     check_shapes,
     documents_of,
+    lanes,
     places,
     sums_between,
     turned,
@@ -93,6 +94,7 @@ def chunk_outer(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What they hold: blocks twice (one is copied as one is used), states, scores, keys and values in float32."""
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     gates = 2 * 8 * chunk * 4  # rows of eight sublanes: decays and documents

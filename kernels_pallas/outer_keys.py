@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, belongs, check_shapes, places, turned
+from kernels_pallas.chunks import CHUNK, belongs, check_shapes, lanes, places, turned
 from kernels_pallas.outer import Form, check, dot, run
 
 CLIP = 1e4  # exp(-CLIP) is 0
@@ -90,6 +90,7 @@ def chunk_outer_keys(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied as one is used), temporaries."""
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     forward = 2 * (2 * keys + 2 * values) * item + 2 * 4 * keys + 5 * state + 4 * scores + 8 * 4 * keys

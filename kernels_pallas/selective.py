@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import selective_kernels
-from kernels_pallas.chunks import CHUNK, VMEM, check_shapes, documents_of, whole_chunks
+from kernels_pallas.chunks import CHUNK, VMEM, check_shapes, documents_of, lanes, whole_chunks
 from kernels_pallas.selective_kernels import LANES, ROWS
 
 WIDTHS = (256, 128)  # channels of a block, the first that divides them and keeps a chunk's states within STATES
@@ -83,7 +83,7 @@ def vmem_bytes(channels: int, size: int, chunk: int = CHUNK, dtype: Any = jnp.fl
 
     `dtype`: of x, dt and y.
     """
-    channels, size = channels + -channels % LANES, size + -size % ROWS
+    channels, size = lanes(channels), size + -size % ROWS
     width, item = _width(channels, size, chunk), jnp.dtype(dtype).itemsize
     rows, state, columns = chunk * width, 4 * size * width, 4 * size * chunk
     wide, held, documents = columns * LANES, 4 * size * channels, 4 * chunk * (2 * ROWS + LANES)
