@@ -14,10 +14,15 @@ import pytest
 
 from kernels_pallas import delta, delta_keys, exponential, linear, outer, outer_keys, selective
 from kernels_pallas.exponential_kernels import Form
+from kernels_pallas.gpu import delta as gpu_delta
+from kernels_pallas.gpu import exponential as gpu_exponential
+from kernels_pallas.gpu import linear as gpu_linear
+from kernels_pallas.gpu import outer as gpu_outer
+from kernels_pallas.gpu import selective as gpu_selective
+from tests.kernels.hopper import STRICT, interpreted
 
 CHUNK, SIZE = 16, 8
 H = 2
-PARTS = ((H,), (H, SIZE), (H, SIZE, SIZE))  # of mLSTM's state
 FORMS = {
     "exponential": Form("chunk_exponential", 1e-6),
     "sigmoid": Form("chunk_sigmoid", 0.0, stabilised=False),
@@ -25,7 +30,7 @@ FORMS = {
 
 
 class Case(NamedTuple):
-    """`run(*arrays, *state, segment)`, and the axis of time of its arrays, without one where it is None."""
+    """`run(*arrays, *state, segment)` and the same a token at a time, and where arrays have their axis of time."""
 
     run: Callable[..., Any]
     recurrence: Callable[..., Any]
@@ -34,16 +39,23 @@ class Case(NamedTuple):
     state: list[Any]
 
 
-def case(name: str, length: int = 2 * CHUNK) -> Case:
+def with_state(module: Any, form: Form, **options: Any) -> Callable[..., Any]:
+    """`chunk_exponential` or `chunk_sigmoid` of a module, with the parts of its state one by one."""
+    count = 3 if form.stabilised else 2
+    kernel = functools.partial(getattr(module, form.name), eps=form.eps, **options)
+    return lambda *a: kernel(*a[:5], a[5 : 5 + count], a[5 + count])
+
+
+def case(name: str, length: int = 2 * CHUNK, size: int = SIZE) -> Case:
     normal = np.random.default_rng(0).standard_normal
     numbers = lambda *shape: jnp.asarray(normal((1, *shape)), jnp.float32)
     gates = lambda *shape: -jnp.abs(numbers(*shape)) / 8
     ones = lambda *shape: jnp.ones((1, *shape))
-    heads, own = (H, length, SIZE), {"chunk": CHUNK, "interpret": True}
-    keys = [numbers(*heads) / 3 for _ in range(3)]
-    state = [ones(H, SIZE, SIZE)]
+    heads, own = (H, length, size), {"chunk": CHUNK, "interpret": True}
+    keys = [numbers(*heads) / size**0.5 for _ in range(3)]
+    state = [ones(H, size, size)]
     if name.startswith("outer"):
-        bonus = [jnp.ones((H, SIZE))] if name.endswith("bonus") else []
+        bonus = [jnp.ones((H, size))] if name.endswith("bonus") else []
         log_decay = gates(*heads) if "key" in name or bonus else gates(H, length)
         if bonus:
             run = lambda q, k, v, g, u, s, docs: outer_keys.chunk_outer_keys(q, k, v, g, s, docs, bonus=u, **own)
@@ -58,26 +70,22 @@ def case(name: str, length: int = 2 * CHUNK) -> Case:
         return Case(functools.partial(kernel, **own), delta.reference, (2,) * 5, arrays, state)
     if name in FORMS:
         form = FORMS[name]
-
-        def run(*a: Any) -> Any:
-            if form.stabilised:
-                return exponential.chunk_exponential(*a[:5], a[5:8], a[8], form.eps, **own)
-            return exponential.chunk_sigmoid(*a[:5], a[5:7], a[7], form.eps, **own)
+        parts = [ones(H), ones(H, size), ones(H, size, size)][0 if form.stabilised else 1 :]
 
         def loop(*a: Any) -> Any:
             out, after = exponential.reference(*a[:5], *([] if form.stabilised else [ones(H)]), *a[5:], form)
             return out, after if form.stabilised else after[1:]
 
         arrays = [*keys, gates(H, length), gates(H, length)]
-        return Case(run, loop, (2,) * 5, arrays, [ones(*part) for part in PARTS[0 if form.stabilised else 1 :]])
+        return Case(with_state(exponential, form, **own), loop, (2,) * 5, arrays, parts)
     if name.startswith("linear"):
-        arrays, state = [gates(length, SIZE), numbers(length, SIZE)], [ones(SIZE)]
+        arrays, state = [gates(length, size), numbers(length, size)], [ones(size)]
         if name.endswith("complex"):
             arrays, state = ([jax.lax.complex(x, x) for x in part] for part in (arrays, state))
         return Case(functools.partial(linear.linear_scan, **own), linear.reference, (1, 1), arrays, state)
-    arrays = [numbers(length, SIZE), -gates(length, SIZE), gates(SIZE, SIZE)[0], *(numbers(length, SIZE),) * 2]
+    arrays = [numbers(length, size), -gates(length, size), gates(size, size)[0], *(numbers(length, size),) * 2]
     run = functools.partial(selective.selective_scan, **own)
-    return Case(run, selective.reference, (1, 1, None, 1, 1), arrays, [ones(SIZE, SIZE)])
+    return Case(run, selective.reference, (1, 1, None, 1, 1), arrays, [ones(size, size)])
 
 
 def pulled(run: Callable[..., Any], given: list[Any], d_state: float = 1.0) -> Any:
@@ -95,16 +103,45 @@ each = pytest.mark.parametrize("name", NAMES)
 ways = pytest.mark.parametrize("way", ["run", "recurrence"])
 
 
+def assert_nothing_is_seen(of: Case, run: Callable[..., Any], length: int) -> None:
+    """Of states that are infinite or NaN the same outputs, final state and gradients as from zeros, to the last bit."""
+    segment = jnp.ones((1, length), jnp.int32)
+    graded = jax.jit(lambda *given: pulled(lambda *a: run(*a, segment), list(given)))
+    right, *found = (graded(*of.arrays, *(jnp.full_like(x, first) for x in of.state)) for first in (0, np.inf, np.nan))
+    chex.assert_tree_all_finite(right)
+    chex.assert_trees_all_equal(*found, right)
+
+
 @each
 @ways
-@pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_document_at_the_rows_start_does_not_see_the_state(name: str, way: str, value: float) -> None:
-    """The same outputs, final state and gradients as from zeros, to the last bit."""
-    of, segment = case(name), jnp.ones((1, 2 * CHUNK), jnp.int32)
-    run = jax.jit(lambda *given: pulled(lambda *a: getattr(of, way)(*a, segment), list(given)))
-    found, right = (run(*of.arrays, *(jnp.full_like(x, start) for x in of.state)) for start in (value, 0))
-    chex.assert_tree_all_finite(right)
-    chex.assert_trees_all_equal(found, right)
+def test_a_document_at_the_rows_start_does_not_see_the_state(name: str, way: str) -> None:
+    of = case(name)
+    assert_nothing_is_seen(of, getattr(of, way), 2 * CHUNK)
+
+
+HOPPER: dict[str, tuple[int, Callable[..., Any]]] = {
+    # steps of a chunk or a tile, kernel
+    "outer": (64, gpu_outer.chunk_outer),
+    "delta": (64, gpu_delta.chunk_delta),
+    "exponential": (64, functools.partial(with_state, gpu_exponential, FORMS["exponential"])),
+    "sigmoid": (64, functools.partial(with_state, gpu_exponential, FORMS["sigmoid"])),
+    "linear": (16, gpu_linear.linear_scan),
+    "linear, complex": (8, gpu_linear.linear_scan),
+    "selective": (16, gpu_selective.selective_scan),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", HOPPER)
+def test_nor_does_it_on_hopper_gpus(name: str) -> None:
+    """Not so with decays per key, where one product adds up what is read of the state and of the chunk."""
+    steps, kernel = HOPPER[name]
+    matrices = steps == 64
+    of = case(name, 2 * steps, 64 if matrices else SIZE)
+    if matrices:
+        of.arrays[:3] = [x.astype(jnp.bfloat16) for x in of.arrays[:3]]
+    run = kernel(interpret=STRICT) if name in FORMS else functools.partial(kernel, interpret=STRICT)
+    assert_nothing_is_seen(of, run, 2 * steps)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "delta" not in name])
