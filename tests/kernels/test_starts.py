@@ -51,7 +51,7 @@ def case(name: str, length: int = 2 * CHUNK, size: int = SIZE) -> Case:
     numbers = lambda *shape: jnp.asarray(normal((1, *shape)), jnp.float32)
     gates = lambda *shape: -jnp.abs(numbers(*shape)) / 8
     ones = lambda *shape: jnp.ones((1, *shape))
-    heads, own = (H, length, size), {"chunk": CHUNK, "interpret": True}
+    heads, own = (H, length, size), dict[str, Any](chunk=CHUNK, interpret=True)
     keys = [numbers(*heads) / size**0.5 for _ in range(3)]
     state = [ones(H, size, size)]
     if name.startswith("outer"):
@@ -61,7 +61,7 @@ def case(name: str, length: int = 2 * CHUNK, size: int = SIZE) -> Case:
             run = lambda q, k, v, g, u, s, docs: outer_keys.chunk_outer_keys(q, k, v, g, s, docs, bonus=u, **own)
             loop = lambda q, k, v, g, u, s, docs: outer_keys.reference(q, k, v, g, s, u, docs)
             return Case(run, loop, (2, 2, 2, 2, None), [*keys, log_decay, *bonus], state)
-        kernel = outer_keys.chunk_outer_keys if "key" in name else outer.chunk_outer
+        kernel: Any = outer_keys.chunk_outer_keys if "key" in name else outer.chunk_outer
         return Case(functools.partial(kernel, **own), outer.reference, (2,) * 4, [*keys, log_decay], state)
     if name.startswith("delta"):
         log_decay = gates(*heads) if "key" in name else gates(H, length)
@@ -73,7 +73,8 @@ def case(name: str, length: int = 2 * CHUNK, size: int = SIZE) -> Case:
         parts = [ones(H), ones(H, size), ones(H, size, size)][0 if form.stabilised else 1 :]
 
         def loop(*a: Any) -> Any:
-            out, after = exponential.reference(*a[:5], *([] if form.stabilised else [ones(H)]), *a[5:], form)
+            first = a[5:-1] if form.stabilised else (ones(H), *a[5:-1])
+            out, after = exponential.reference(*a[:5], *first, a[-1], form)
             return out, after if form.stabilised else after[1:]
 
         arrays = [*keys, gates(H, length), gates(H, length)]
@@ -152,7 +153,7 @@ def test_a_document_in_a_chunk_does_not_see_the_state_that_another_reads(name: s
     segment = jnp.asarray(np.arange(2 * CHUNK)[None] >= start, jnp.int32)
     run = jax.jit(lambda *given: of.run(*given, segment))
     found, right = (run(*of.arrays, *(jnp.full_like(x, value) for x in of.state)) for value in (np.nan, 0))
-    after = lambda x: jax.lax.slice_in_dim(x, start, None, axis=of.times[0])
+    after = lambda x: jax.lax.slice_in_dim(x, start, None, axis=of.times[0] or 0)
     chex.assert_trees_all_equal((after(found[0]), found[1]), (after(right[0]), right[1]))
 
 
