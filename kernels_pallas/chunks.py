@@ -45,7 +45,8 @@ def belongs(documents: Any) -> tuple[Any, Any, Any]:
 
     What others would read or write of a state is selected away: an infinite one times 0 is NaN.
     """
-    down, last = turned(documents)[:, :1], documents[:, -1:].astype(jnp.float32)
+    down = turned(documents)[:, :1]
+    last = down[-1:]
     return down == 0, down == last, last == 0
 
 
