@@ -27,11 +27,27 @@ def whole_chunks(chunk: int, *arrays: jax.Array, axis: int) -> list[jax.Array]:
     return [jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]) for x in arrays]
 
 
+def lanes(size: int) -> int:
+    """What `size` entries of an array's last axis take of VMEM: whole registers of 128 lanes."""
+    return size + -size % 128
+
+
 def documents_of(segment: jax.Array, chunk: int) -> jax.Array:
     """[B, 1, T]: documents counted anew in every chunk, 0 for that of the state before it; the last one is padded."""
     segment = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % chunk)), mode="edge")
     ends = jnp.pad(segment[:, chunk - 1 :: chunk], ((0, 0), (1, 0)))[:, :-1]
     return (segment - jnp.repeat(ends, chunk, axis=1))[:, None]
+
+
+def belongs(documents: Any) -> tuple[Any, Any, Any]:
+    """Of a chunk's documents [1, L]: which steps [L, 1] belong to that of the state before it, and to that of the state
+    after it, and whether the two are one [1, 1].
+
+    What others would read or write of a state is selected away: an infinite one times 0 is NaN.
+    """
+    down = turned(documents)[:, :1]
+    last = down[-1:]
+    return down == 0, down == last, last == 0
 
 
 def turned(vector: Any) -> Any:
@@ -71,3 +87,13 @@ def sums_to_end(x: Any) -> Any:
         x = x + following(x, step)
         step *= 2
     return x
+
+
+def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    """A product gathered in float32, of the wider of two types; float32 is not cut down to bfloat16."""
+    kind = jnp.result_type(a, b)
+    precision = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a.astype(kind), b.astype(kind), dimensions, precision=precision, preferred_element_type=jnp.float32
+    )

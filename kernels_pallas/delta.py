@@ -36,15 +36,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.chunks import CHUNK, places, turned
+from kernels_pallas.chunks import CHUNK, belongs, dot, places, turned
 from kernels_pallas.delta_run import Form, check, memory, run
-from kernels_pallas.outer import chunk_decays, dot
+from kernels_pallas.outer import chunk_decays
 
 
 class Pairs(NamedTuple):
     """What the steps of a chunk have to do with one another, and with the states before and after it.
 
-    `scores` [2L, L] are P above C; `reach` (a) and `rest` (w) are [L, 1] or [L, K], `kept` (b) is [1, 1] or [K, 1];
+    `scores` [2L, L] are P above C; `reach` (a) and `rest` (w) are [L, 1] or [L, K], `kept` (b), which is for chunks of
+    one document, is [1, 1] or [K, 1];
     `pull` takes the gradient of the scores, before masks, to those of the readers [2L, K] and of the keys [L, K];
     `d_gates` is that of the gates, of reads less writes of each step [L, K], of writes that reach the state after it
     [L, K], and of the state's own [K, V].
@@ -72,17 +73,16 @@ def reference(
     query, key = (jnp.repeat(x, share, axis=1) for x in (query, key))
     before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
     log_decay = log_decay.reshape(*value.shape[:3], -1)
-    kept = jnp.where((segment == before)[:, None, :, None], jnp.exp(log_decay), 0)
 
     def body(state: jax.Array, step: Any) -> Any:
-        q, k, v, strength, a = step
-        state = a[..., None] * state
+        q, k, v, strength, g, goes_on = step
+        state = jnp.exp(g)[..., None] * jnp.where(goes_on[:, None, None, None], state, 0)
         error = v - jnp.einsum("bhk,bhkv->bhv", k, state)
         state = state + k[..., :, None] * (strength[..., None] * error)[..., None, :]
         return state, jnp.einsum("bhk,bhkv->bhv", q, state)
 
-    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, beta, kept)]
-    state, out = jax.lax.scan(body, state, moved)
+    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, beta, log_decay)]
+    state, out = jax.lax.scan(body, state, (*moved, (segment == before).T))
     return jnp.moveaxis(out, 0, 2), state
 
 
@@ -158,14 +158,15 @@ def forward_kernel(pairs_of: Callable[..., Pairs], *refs: Any) -> None:
     kind, length = k.dtype, k.shape[0]
     readers = two(query[...], k)
     pairs = pairs_of(readers, k, g[...], documents[...])
+    reads, _, through = belongs(documents[...])
     strength = turned(beta[...])[:, :1]
-    read = dot(_carried(readers, pairs.reach), state.astype(kind), (1, 0))
+    read = _selected(reads, dot(_carried(readers, pairs.reach), state.astype(kind), (1, 0)))
     inverse = _inverse(strength * pairs.scores[length:], kind)
     for ref, x in zip(kept, (state, inverse), strict=False):
         ref[...] = x
     wrote = _exact(inverse, strength * (v - read[length:]), (1, 0), kind).astype(kind)
     out[...] = (dot(pairs.scores[:length].astype(kind), wrote, (1, 0)) + read[:length]).astype(out.dtype)
-    state = pairs.kept * state + dot((pairs.rest * k).astype(kind), wrote, (0, 0))
+    state = jnp.where(through, pairs.kept * state, 0) + dot((pairs.rest * k).astype(kind), wrote, (0, 0))
     held[...] = state
     last[...] = state
 
@@ -173,6 +174,12 @@ def forward_kernel(pairs_of: Callable[..., Pairs], *refs: Any) -> None:
 def _carried(readers: Any, reach: Any) -> Any:
     length = reach.shape[0]
     return two(reach * readers[:length], reach * readers[length:]).astype(readers.dtype)
+
+
+def _selected(chosen: Any, x: Any) -> Any:
+    """Of two readers a step, one above the other, those of the chosen steps [L, 1]; 0 of others."""
+    length = chosen.shape[0]
+    return two(jnp.where(chosen, x[:length], 0), jnp.where(chosen, x[length:], 0))
 
 
 def backward_kernel(pairs_of: Callable[..., Pairs], *refs: Any) -> None:
@@ -187,30 +194,32 @@ def backward_kernel(pairs_of: Callable[..., Pairs], *refs: Any) -> None:
     kind, length = k.dtype, k.shape[0]
     readers = two(query[...], k)
     pairs = pairs_of(readers, k, g[...], documents[...])
+    reads, writes, through = belongs(documents[...])
     strength = turned(beta[...])[:, :1]
     carried, narrow, narrow_after = _carried(readers, pairs.reach), state.astype(kind), after.astype(kind)
     scores, rest = pairs.scores.astype(kind), pairs.rest
-    error = v - dot(carried[length:], narrow, (1, 0))
+    error = v - jnp.where(reads, dot(carried[length:], narrow, (1, 0)), 0)
     wrote = _exact(inverse, strength * error, (1, 0), kind).astype(kind)
     error = error - dot(scores[length:], wrote, (1, 0))
-    d_wrote = dot(scores[:length], do, (0, 0)) + dot((rest * k).astype(kind), narrow_after, (1, 0))
+    d_wrote = jnp.where(writes, dot((rest * k).astype(kind), narrow_after, (1, 0)), 0)
+    d_wrote = d_wrote + dot(scores[:length], do, (0, 0))
     d_error = _exact(inverse, d_wrote, (0, 0), kind)
     d_value = strength * d_error
     dv[...] = d_value.astype(dv.dtype)
     d_beta[...] = turned(jnp.sum(d_error * error, axis=1, keepdims=True))[:1]
     d_read = two(do, -d_value.astype(kind))
     own, own_k = pairs.pull(dot(d_read, wrote, (1, 1)))
-    from_state = dot(d_read, narrow, (1, 1))
+    from_state = _selected(reads, dot(d_read, narrow, (1, 1)))
     own_q = own[:length] + pairs.reach * from_state[:length]
     own_r = own[length:] + pairs.reach * from_state[length:]
-    to_state = rest * dot(wrote, narrow_after, (1, 1))
+    to_state = jnp.where(writes, rest * dot(wrote, narrow_after, (1, 1)), 0)
     own_k = own_k + to_state
     dq[...] = own_q
     dk[...] = own_r + own_k
     wide = readers.astype(jnp.float32)
     each = wide[:length] * own_q + wide[length:] * (own_r - own_k)
-    dg[...] = pairs.d_gates(each, wide[length:] * to_state, pairs.kept * state * after)
-    first = dot(carried, d_read, (0, 0)) + pairs.kept * after
+    dg[...] = pairs.d_gates(each, wide[length:] * to_state, jnp.where(through, pairs.kept * state * after, 0))
+    first = dot(carried, _selected(reads, d_read), (0, 0)) + jnp.where(through, pairs.kept * after, 0)
     held[...] = first
     d_first[...] = first
 

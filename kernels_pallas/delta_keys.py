@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, places, sums_to_end, turned
+from kernels_pallas.chunks import CHUNK, dot, lanes, places, sums_to_end, turned
 from kernels_pallas.delta import Pairs, form_of, two
 from kernels_pallas.delta_run import check, memory, run
-from kernels_pallas.outer import dot
 from kernels_pallas.outer_keys import diagonal, gates
 
 
@@ -42,7 +41,7 @@ def chunk_delta_keys(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied while one is used), temporaries."""
-    keys, rows = 4 * chunk * (key_size + -key_size % 128), 2 * 8 * chunk * 4
+    keys, rows = 4 * chunk * lanes(key_size), 2 * 8 * chunk * 4
     levels = 1 if jnp.dtype(dtype) == jnp.float32 else chunk.bit_length() - 1
     return memory(key_size, value_size, chunk, dtype, keys + rows, keys + rows, (3 * levels + 7) * keys)
 
@@ -81,7 +80,7 @@ def _over_levels(g: Any, one: Any, kind: Any, carry: Any, visit: Callable[..., A
 
 def _pairs(readers: Any, k: Any, g: Any, documents: Any) -> Pairs:
     kind, length = k.dtype, k.shape[0]
-    g, one, carried, ends = gates(g, documents)
+    g, one, carried, ends, _ = gates(g, documents)
     wide, wide_k = readers.astype(jnp.float32), k.astype(jnp.float32)
 
     def late(reach: Any) -> Any:
@@ -111,7 +110,7 @@ def _pairs(readers: Any, k: Any, g: Any, documents: Any) -> Pairs:
     own = two(own, jnp.zeros_like(own))  # a query reads what its own step writes, a key does not
     scores, reach, rest = _over_levels(g, one, kind, own, score)
     reach, rest = jnp.exp(reach), jnp.exp(rest)
-    kept = turned(jnp.where(carried[-1:], reach[-1:], 0))[:, :1]
+    kept = turned(reach[-1:])[:, :1]
     return Pairs(scores, jnp.where(carried, reach, 0), jnp.where(ends, rest, 0), kept, pull, _d_gates)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import outer
-from kernels_pallas.chunks import check_shapes, documents_of, whole_chunks
+from kernels_pallas.chunks import check_shapes, documents_of, lanes, whole_chunks
 from kernels_pallas.outer import Blocks, Form
 
 
@@ -18,7 +18,7 @@ def memory(
     key_size: int, value_size: int, chunk: int, dtype: Any, gates: int, d_gates: int, paired: int
 ) -> dict[str, int]:
     """`vmem_bytes` with those of the gates, of their gradients, and what is live in a form's `pairs`."""
-    key_size, value_size = (size + -size % 128 for size in (key_size, value_size))  # whole lanes
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, square = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     wide, readers = 4 * (keys + values), 2 * keys * (4 + item)

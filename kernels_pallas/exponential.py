@@ -43,7 +43,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import exponential_kernels
-from kernels_pallas.chunks import CHUNK, check_shapes, documents_of, whole_chunks
+from kernels_pallas.chunks import CHUNK, check_shapes, documents_of, lanes, whole_chunks
 from kernels_pallas.exponential_kernels import Form
 from kernels_pallas.outer import Blocks
 
@@ -67,7 +67,8 @@ def reference(
     log_forget = jnp.where((segment == before)[:, None], log_forget, -jnp.inf)
 
     def body(state: State, step: Any) -> Any:
-        (m, n, c), (q, k, v, i, f) = state, step
+        q, k, v, i, f, goes_on = step
+        m, n, c = (jnp.where(jnp.expand_dims(goes_on, range(1, x.ndim)), x, 0) for x in state)
         after, base = jnp.zeros_like(m), jnp.zeros_like(m)
         if form.stabilised:
             after = jnp.where(f + m >= i, f + m, i)
@@ -83,7 +84,7 @@ def reference(
         return (after, n, c), out
 
     moved = [jnp.moveaxis(x, 2, 0).astype(memory.dtype) for x in (query, key, value, log_input, log_forget)]
-    state, out = jax.lax.scan(body, (log_max, normaliser, memory), moved)
+    state, out = jax.lax.scan(body, (log_max, normaliser, memory), (*moved, (segment == before).T))
     return jnp.moveaxis(out, 0, 2), state
 
 
@@ -138,6 +139,7 @@ def chunk_sigmoid(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied while one is used), temporaries."""
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     gates = 2 * 8 * chunk * 4  # a row fills eight sublanes

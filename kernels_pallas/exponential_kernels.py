@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.chunks import places, sums_between, turned
-from kernels_pallas.outer import dot
+from kernels_pallas.chunks import belongs, dot, places, sums_between, turned
 
 
 class Form(NamedTuple):
@@ -21,7 +20,7 @@ class Form(NamedTuple):
 
 
 class _Logs(NamedTuple):
-    """Of a chunk: E [L, L], R and m [L, 1], W [L, L], a and w [L, 1]."""
+    """Of a chunk: E [L, L], R and m [L, 1], W [L, L], a and w [L, 1], and what `belongs` gives."""
 
     inside: Any
     reach: Any
@@ -29,6 +28,9 @@ class _Logs(NamedTuple):
     weight: Any
     carried: Any
     kept: Any
+    reads: Any
+    writes: Any
+    through: Any
 
 
 def _logs(form: Form, i: Any, f: Any, documents: Any, m: Any) -> _Logs:
@@ -37,13 +39,15 @@ def _logs(form: Form, i: Any, f: Any, documents: Any, m: Any) -> _Logs:
     between, of_row = sums_between(f), turned(documents)
     one = (row >= column) & (of_row == documents.astype(jnp.float32))
     inside = jnp.where(one, between + i, -jnp.inf)
-    reach = jnp.where(of_row[:, :1] == 0, between[:, :1] + f[:, :1] + m, -jnp.inf)
+    reads, writes, through = belongs(documents)
+    reach = jnp.where(reads, between[:, :1] + f[:, :1] + m, -jnp.inf)
     log_max = jnp.zeros_like(reach)
     if form.stabilised:
         log_max = jnp.maximum(reach, jnp.max(inside, axis=1, keepdims=True))
     base = jnp.where(log_max == -jnp.inf, 0, log_max)
     weight = jnp.exp(inside - base)
-    return _Logs(inside, reach, log_max, weight, jnp.exp(reach - base), weight.T[:, length - 1 :])
+    carried, kept = jnp.exp(reach - base), weight.T[:, length - 1 :]
+    return _Logs(inside, reach, log_max, weight, carried, kept, reads, writes, through)
 
 
 def _ratio(form: Form, sums: Any, log_max: Any) -> tuple[Any, Any]:
@@ -70,13 +74,14 @@ def forward_kernel(form: Form, *refs: Any) -> None:
     q, k, v, normaliser, memory = query[...], key[...], value[...], n[...], c[...]
     logs = _logs(form, log_input[...], log_forget[...], documents[...], m[...])
     scores = dot(q, k, (1, 1)) * logs.weight
-    sums = _across(scores) + logs.carried * _across(q.astype(jnp.float32) * normaliser)
-    result = dot(scores.astype(v.dtype), v, (1, 0)) + logs.carried * dot(q, memory.astype(q.dtype), (1, 0))
+    read = lambda x: jnp.where(logs.reads, logs.carried * x, 0)
+    sums = _across(scores) + read(_across(q.astype(jnp.float32) * normaliser))
+    result = dot(scores.astype(v.dtype), v, (1, 0)) + read(dot(q, memory.astype(q.dtype), (1, 0)))
     out[...] = (result * _ratio(form, sums, logs.log_max)[0]).astype(out.dtype)
     written, kept = logs.kept * k.astype(jnp.float32), logs.carried[-1:]
     m[...] = logs.log_max[-1:]
-    n[...] = kept * normaliser + jnp.sum(written, axis=0, keepdims=True)
-    c[...] = kept * memory + dot(written.astype(k.dtype), v, (0, 0))
+    n[...] = jnp.where(logs.through, kept * normaliser, 0) + jnp.sum(written, axis=0, keepdims=True)
+    c[...] = jnp.where(logs.through, kept * memory, 0) + dot(written.astype(k.dtype), v, (0, 0))
     for to, held in zip(last, (m, n, c), strict=True):
         to[...] = held[...]
 
@@ -104,25 +109,27 @@ def backward_kernel(form: Form, *refs: Any) -> None:
     kind, wide_q, wide_k = q.dtype, q.astype(jnp.float32), k.astype(jnp.float32)
     logs = _logs(form, log_input[...], log_forget[...], documents[...], m[...])
     weight, carried, kept = logs.weight, logs.carried, logs.carried[-1:]
+    reads, writes, through = logs.reads, logs.writes, logs.through
     row, column = places(q.shape[0])
 
     scores = dot(q, k, (1, 1)) * weight
-    ratio, slope = _ratio(form, _across(scores) + carried * _across(wide_q * normaliser), logs.log_max)
-    of_scores, of_memory = dot(do, v, (1, 1)), dot(do, memory.astype(kind), (1, 1))
+    sums = _across(scores) + jnp.where(reads, carried * _across(wide_q * normaliser), 0)
+    ratio, slope = _ratio(form, sums, logs.log_max)
+    of_scores, of_memory = dot(do, v, (1, 1)), jnp.where(reads, dot(do, memory.astype(kind), (1, 1)), 0)
     of_out = ratio * (_across(scores * of_scores) + carried * _across(wide_q * of_memory))  # dO_i . O_i
     d_sums = -of_out * ratio * slope
     d_scores = ratio * of_scores + d_sums
     narrow, before_ratio = (d_scores * weight).astype(kind), (ratio * do).astype(kind)
-    from_state = ratio * of_memory + d_sums * normaliser
-    to_state = logs.kept * (dot(v, dc.astype(kind), (1, 1)) + dn)
+    from_state = ratio * of_memory + jnp.where(reads, d_sums * normaliser, 0)
+    to_state = jnp.where(writes, logs.kept * (dot(v, dc.astype(kind), (1, 1)) + dn), 0)
     dq[...] = (dot(narrow, k, (1, 0)) + carried * from_state).astype(dq.dtype)
     dk[...] = (dot(narrow, q, (0, 0)) + to_state).astype(dk.dtype)
-    dv[...] = (dot(scores.astype(kind), before_ratio, (0, 0)) + logs.kept * dot(k, dc.astype(kind), (1, 0))).astype(
-        dv.dtype
-    )
+    to_value = jnp.where(writes, logs.kept * dot(k, dc.astype(kind), (1, 0)), 0)
+    dv[...] = (dot(scores.astype(kind), before_ratio, (0, 0)) + to_value).astype(dv.dtype)
 
     written = _across(wide_k * to_state)
-    flowing = kept * (jnp.sum(memory * dc, keepdims=True) + jnp.sum(normaliser * dn, keepdims=True))
+    flowing = jnp.sum(memory * dc, keepdims=True) + jnp.sum(normaliser * dn, keepdims=True)
+    flowing = jnp.where(through, kept * flowing, 0)
     last = row[:, :1] == q.shape[0] - 1
     d_inside = scores * d_scores
     d_reach = carried * _across(wide_q * from_state) + jnp.where(last, flowing, 0)
@@ -135,8 +142,8 @@ def backward_kernel(form: Form, *refs: Any) -> None:
 
     gradients = (
         _down(d_reach),
-        _down(carried * d_sums * wide_q) + kept * dn,
-        dot((carried * wide_q).astype(kind), before_ratio, (0, 0)) + kept * dc,
+        _down(carried * d_sums * wide_q) + jnp.where(through, kept * dn, 0),
+        dot((carried * wide_q).astype(kind), before_ratio, (0, 0)) + jnp.where(through, kept * dc, 0),
     )
     for to, ref, gradient in zip(d_first, held, gradients, strict=True):
         ref[...] = gradient

@@ -23,7 +23,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, turned, whole_chunks
+from kernels_pallas.chunks import (
+    CHUNK,
+    PARAMS,
+    belongs,
+    check_shapes,
+    documents_of,
+    lanes,
+    turned,
+    whole_chunks,
+)
 from kernels_pallas.manual import pallas_call
 from kernels_pallas.planes import Planes, exp, joined, pick, planes_of, plus, times, wide
 
@@ -33,13 +42,14 @@ WIDTHS = (512, 256, 128)  # channels of a block, the first that divides them; al
 def reference(log_decay: jax.Array, drive: jax.Array, state: jax.Array, segment: jax.Array) -> Any:
     """The recurrence a token at a time, in the type of the state."""
     before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
-    kept = jnp.where((segment == before)[..., None], jnp.exp(log_decay.astype(state.dtype)), 0)
 
     def body(state: jax.Array, step: Any) -> Any:
-        state = step[0] * state + step[1]
+        g, x, goes_on = step
+        state = jnp.exp(g) * jnp.where(goes_on[:, None], state, 0) + x
         return state, state
 
-    state, out = jax.lax.scan(body, state, (jnp.swapaxes(kept, 0, 1), jnp.swapaxes(drive.astype(state.dtype), 0, 1)))
+    moved = [jnp.swapaxes(x.astype(state.dtype), 0, 1) for x in (log_decay, drive)]
+    state, out = jax.lax.scan(body, state, (*moved, (segment == before).T))
     return jnp.swapaxes(out, 0, 1), state
 
 
@@ -64,7 +74,7 @@ def linear_scan(
 
 def vmem_bytes(channels: int, chunk: int = CHUNK, *, planes: int = 1, dtype: Any = jnp.float32) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied as one is used), temporaries."""
-    block = chunk * _width(channels)
+    block = chunk * lanes(_width(channels))
     item = jnp.dtype(dtype).itemsize if planes == 1 else 4
     own = lambda inputs, outputs, live: planes * block * (2 * (inputs + outputs) * item + 4 * live)
     return {"forward": own(2, 1, 4), "backward": own(3, 2, 8)}
@@ -91,13 +101,16 @@ def _doubled(decay: Planes, drive: Planes, *, backward: bool = False) -> tuple[P
     return drive, decay
 
 
-def _decays(log_decay: Planes, documents: Any) -> Planes:
-    """exp(g), and 0 where a document starts."""
-    length, width = log_decay[0].shape
+def _goes_on(documents: Any) -> Any:
+    """[L, 1]: whether a step is of the document of the one before."""
     column = turned(documents)[:, :1]
-    row = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
-    before = jnp.where(row == 0, 0, pltpu.roll(column, 1, 0))
-    return pick(jnp.broadcast_to(column == before, (length, width)), exp(wide(log_decay)), 0.0)
+    row = jax.lax.broadcasted_iota(jnp.int32, column.shape, 0)
+    return column == jnp.where(row == 0, 0, pltpu.roll(column, 1, 0))
+
+
+def _decays(log_decay: Planes, goes_on: Any) -> Planes:
+    """exp(g), and 0 where a document starts."""
+    return pick(jnp.broadcast_to(goes_on, log_decay[0].shape), exp(wide(log_decay)), 0.0)
 
 
 class _Blocks:
@@ -174,9 +187,9 @@ def _forward_kernel(count: int, *refs: Any) -> None:
             to[...] = given[...]
 
     state = tuple(ref[...] for ref in held)
-    decay = _decays(tuple(ref[...] for ref in logs), documents[...])
+    decay = _decays(tuple(ref[...] for ref in logs), _goes_on(documents[...]))
     whole, reach = _doubled(decay, wide(tuple(ref[...] for ref in drives)))
-    hidden = plus(whole, times(reach, state))
+    hidden = plus(whole, pick(belongs(documents[...])[0], times(reach, state), 0.0))
     for i in range(count):
         states[i][...] = state[i]
         out[i][...] = hidden[i].astype(out[i].dtype)
@@ -230,20 +243,21 @@ def _backward_kernel(count: int, *refs: Any) -> None:
             to[...] = given[...]
 
     read = lambda part: tuple(ref[...] for ref in part)
-    decay = _decays(read(logs), documents[...])
+    goes_on, (reads, writes, _) = _goes_on(documents[...]), belongs(documents[...])
+    decay = _decays(read(logs), goes_on)
     state, after = read(before), read(held)
     whole, reach = _doubled(decay, wide(read(drives)))
-    hidden = plus(whole, times(reach, state))
+    hidden = plus(whole, pick(reads, times(reach, state), 0.0))
     row = jax.lax.broadcasted_iota(jnp.int32, hidden[0].shape, 0)
     one = tuple(jnp.full_like(x, i == 0) for i, x in enumerate(decay))  # 1, or 1 + 0i
     following = pick(row < hidden[0].shape[0] - 1, _roll(decay, -1), one)
     inside, reach = _doubled(following, wide(read(d_out)), backward=True)
-    gradient = plus(inside, times(reach, after))
+    gradient = plus(inside, pick(writes, times(reach, after), 0.0))
     earlier = pick(
         row == 0, tuple(jnp.broadcast_to(x, h.shape) for x, h in zip(state, hidden, strict=True)), _roll(hidden, 1)
     )
-    of_log = times(times(gradient, decay), earlier)
-    flowing = times(decay, gradient)
+    flowing = pick(goes_on, times(decay, gradient), 0.0)
+    of_log = pick(goes_on, times(flowing, earlier), 0.0)
     for i in range(count):
         d_log[i][...] = of_log[i].astype(d_log[i].dtype)
         d_drive[i][...] = gradient[i].astype(d_drive[i].dtype)

@@ -28,7 +28,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, PARAMS, check_shapes, documents_of, places, sums_between, turned, whole_chunks
+from kernels_pallas.chunks import (
+    CHUNK,
+    PARAMS,
+    belongs,
+    check_shapes,
+    documents_of,
+    dot,
+    lanes,
+    places,
+    sums_between,
+    turned,
+    whole_chunks,
+)
 from kernels_pallas.manual import pallas_call
 
 
@@ -48,15 +60,15 @@ def reference(
     query, key = (jnp.repeat(x, share, axis=1) for x in (query, key))
     before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
     log_decay = log_decay.reshape(*value.shape[:3], -1)
-    kept = jnp.where((segment == before)[:, None, :, None], jnp.exp(log_decay), 0)
 
     def body(state: jax.Array, step: Any) -> Any:
-        q, k, v, a = step
-        state = a[..., None] * state + k[..., :, None] * v[..., None, :]
+        q, k, v, g, goes_on = step
+        state = jnp.exp(g)[..., None] * jnp.where(goes_on[:, None, None, None], state, 0)
+        state = state + k[..., :, None] * v[..., None, :]
         return state, jnp.einsum("bhk,bhkv->bhv", q, state)
 
-    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, kept)]
-    state, out = jax.lax.scan(body, state, moved)
+    moved = [jnp.moveaxis(x, 2, 0).astype(state.dtype) for x in (query, key, value, log_decay)]
+    state, out = jax.lax.scan(body, state, (*moved, (segment == before).T))
     return jnp.moveaxis(out, 0, 2), state
 
 
@@ -84,6 +96,7 @@ def chunk_outer(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What they hold: blocks twice (one is copied as one is used), states, scores, keys and values in float32."""
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     gates = 2 * 8 * chunk * 4  # rows of eight sublanes: decays and documents
@@ -227,16 +240,6 @@ class Blocks:
         )
 
 
-def dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
-    """A product gathered in float32, of the wider of two types; float32 is not cut down to bfloat16."""
-    kind = jnp.result_type(a, b)
-    precision = jax.lax.Precision.HIGHEST if kind == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a.astype(kind), b.astype(kind), dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def chunk_decays(g: Any, documents: Any) -> tuple[Any, Any, Any, Any]:
     """`(M [L, L], a [L, 1], w [L, 1], b [1, 1])` of a chunk's gates [1, L] and documents [1, L]."""
     length = g.shape[1]
@@ -262,10 +265,11 @@ def _forward_kernel(*refs: Any) -> None:
     for kept_before in states:
         kept_before[...] = state
     decay, carried, weight, kept = chunk_decays(g[...], documents[...])
+    reads, _, through = belongs(documents[...])
     scores = dot(q, k, (1, 1)) * decay
-    result = dot(scores.astype(v.dtype), v, (1, 0)) + carried * dot(q, state.astype(q.dtype), (1, 0))
-    out[...] = result.astype(out.dtype)
-    state = kept * state + dot((weight * k).astype(k.dtype), v, (0, 0))
+    read = jnp.where(reads, carried * dot(q, state.astype(q.dtype), (1, 0)), 0)
+    out[...] = (dot(scores.astype(v.dtype), v, (1, 0)) + read).astype(out.dtype)
+    state = jnp.where(through, kept * state, 0) + dot((weight * k).astype(k.dtype), v, (0, 0))
     held[...] = state
     last[...] = state
 
@@ -279,21 +283,23 @@ def _backward_kernel(*refs: Any) -> None:
 
     q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
     decay, carried, weight, kept = chunk_decays(g[...], documents[...])
+    reads, writes, through = belongs(documents[...])
     kind = q.dtype
     scores = (dot(q, k, (1, 1)) * decay).astype(kind)
     d_scores = (dot(do, v, (1, 1)) * decay).astype(kind)
     narrow = after.astype(kind)
-    own_q = dot(d_scores, k, (1, 0)) + carried * dot(do, state.astype(kind), (1, 1))
-    to_state = weight * dot(v, narrow, (1, 1))
+    own_q = dot(d_scores, k, (1, 0)) + jnp.where(reads, carried * dot(do, state.astype(kind), (1, 1)), 0)
+    to_state = jnp.where(writes, weight * dot(v, narrow, (1, 1)), 0)
     own_k = dot(d_scores, q, (0, 0)) + to_state
     dq[...] = own_q
     dk[...] = own_k
-    dv[...] = (dot(scores, do, (0, 0)) + weight * dot(k, narrow, (1, 0))).astype(dv.dtype)
+    dv[...] = (dot(scores, do, (0, 0)) + jnp.where(writes, weight * dot(k, narrow, (1, 0)), 0)).astype(dv.dtype)
     each = jnp.sum(q.astype(jnp.float32) * own_q - k.astype(jnp.float32) * own_k, axis=1, keepdims=True)
     row, column = places(each.shape[0])
-    total = jnp.sum(k.astype(jnp.float32) * to_state, keepdims=True) + kept * jnp.sum(state * after, keepdims=True)
+    total = jnp.sum(k.astype(jnp.float32) * to_state, keepdims=True)
+    total = total + jnp.where(through, kept * jnp.sum(state * after, keepdims=True), 0)
     dg[...] = jnp.sum(jnp.where(row >= column, each, 0), axis=0, keepdims=True) + total
-    first = dot((carried * q).astype(kind), do, (0, 0)) + kept * after
+    first = dot((carried * q).astype(kind), do, (0, 0)) + jnp.where(through, kept * after, 0)
     held[...] = first
     d_first[...] = first
 

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.chunks import CHUNK, check_shapes, following, places, sums_to_end, turned
-from kernels_pallas.outer import Form, check, dot, run
+from kernels_pallas.chunks import CHUNK, belongs, check_shapes, dot, following, lanes, places, sums_to_end, turned
+from kernels_pallas.outer import Form, check, run
 
 CLIP = 1e4  # exp(-CLIP) is 0
 
@@ -90,6 +90,7 @@ def chunk_outer_keys(
 
 def vmem_bytes(key_size: int, value_size: int, chunk: int, dtype: Any) -> dict[str, int]:
     """What the forward and the backward kernel hold: blocks twice (one is copied as one is used), temporaries."""
+    key_size, value_size = lanes(key_size), lanes(value_size)
     item, state = jnp.dtype(dtype).itemsize, 4 * key_size * value_size
     keys, values, scores = chunk * key_size, chunk * value_size, 4 * chunk * chunk
     forward = 2 * (2 * keys + 2 * values) * item + 2 * 4 * keys + 5 * state + 4 * scores + 8 * 4 * keys
@@ -123,13 +124,9 @@ def _levels(g: Any, one: Any, bonus: bool) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def gates(g: Any, documents: Any) -> Any:
-    """Clipped log decays [L, K], which steps are of one document [L, L], and as columns: whether the state before goes
-    on to a step, and whether a step is of the last document."""
-    length = documents.shape[1]
-    across = jnp.broadcast_to(documents.astype(jnp.float32), (length, length))
-    down = turned(documents)
-    first, last = down[:, :1], across[:1, -1:]
-    return jnp.maximum(g.astype(jnp.float32), -CLIP), across == down, first == 0, first == last
+    """Clipped log decays [L, K], which steps are of one document [L, L], and what `belongs` gives."""
+    one = turned(documents) == documents.astype(jnp.float32)
+    return jnp.maximum(g.astype(jnp.float32), -CLIP), one, *belongs(documents)
 
 
 def _forward_kernel(*refs: Any, bonus: bool = False) -> None:
@@ -144,7 +141,7 @@ def _forward_kernel(*refs: Any, bonus: bool = False) -> None:
     q, k, v, state = query[...], key[...], value[...], held[...]
     for before in states:
         before[...] = state
-    g, one, carried, ends = gates(g[...], documents[...])
+    g, one, carried, ends, through = gates(g[...], documents[...])
     wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
     scores = diagonal(jnp.sum(wide_q * wide_k * factor, axis=1, keepdims=True))
     for reach, rest, mask in _levels(g, one, bonus):
@@ -154,8 +151,8 @@ def _forward_kernel(*refs: Any, bonus: bool = False) -> None:
     carry = jnp.where(carried, dot(late, state.astype(q.dtype), (1, 0)), 0)
     out[...] = (dot(scores.astype(v.dtype), v, (1, 0)) + carry).astype(out.dtype)
     whole = reach[-1:] + g[-1:] if bonus else reach[-1:]
-    kept = turned(jnp.where(carried[-1:], jnp.exp(whole), 0))[:, :1]
-    state = kept * state + dot(jnp.where(ends, early, 0).astype(k.dtype), v, (0, 0))
+    kept = turned(jnp.exp(whole))[:, :1]
+    state = jnp.where(through, kept * state, 0) + dot(jnp.where(ends, early, 0).astype(k.dtype), v, (0, 0))
     held[...] = state
     last[...] = state
 
@@ -179,7 +176,7 @@ def _backward_kernel(*refs: Any, bonus: bool = False) -> None:
 
     q, k, v, state, do, after = query[...], key[...], value[...], before[...], d_out[...], held[...]
     kind = q.dtype
-    g, one, carried, ends = gates(g[...], documents[...])
+    g, one, carried, ends, through = gates(g[...], documents[...])
     wide_q, wide_k, narrow = q.astype(jnp.float32), k.astype(jnp.float32), after.astype(kind)
     d_scores = dot(do, v, (1, 1))
     own = jnp.sum(do.astype(jnp.float32) * v.astype(jnp.float32), axis=1, keepdims=True)  # of a step with itself
@@ -201,14 +198,15 @@ def _backward_kernel(*refs: Any, bonus: bool = False) -> None:
     dk[...] = other_k + own * wide_q * factor
     for to in d_bonus:
         to[...] += jnp.sum(own * wide_q * wide_k, axis=0, keepdims=True)
-    dv[...] = (dot(scores.astype(kind), do, (0, 0)) + dot(early, narrow, (1, 0))).astype(dv.dtype)
+    written = jnp.where(ends, dot(early, narrow, (1, 0)), 0)
+    dv[...] = (dot(scores.astype(kind), do, (0, 0)) + written).astype(dv.dtype)
     whole = from_start[-1:] * jnp.exp(g[-1:]) if bonus else from_start[-1:]
-    kept = turned(jnp.where(carried[-1:], whole, 0))[:, :1]
+    kept = turned(whole)[:, :1]
     of_q = following(wide_q * other_q, 1) if bonus else wide_q * other_q
     each = sums_to_end(of_q - wide_k * other_k)
-    flowing = turned(jnp.sum(kept * state * after, axis=1, keepdims=True))[:1]
+    flowing = turned(jnp.sum(jnp.where(through, kept * state * after, 0), axis=1, keepdims=True))[:1]
     dg[...] = each + flowing + jnp.sum(wide_k * to_state, axis=0, keepdims=True)
-    first = dot(late, do, (0, 0)) + kept * after
+    first = dot(late, do, (0, 0)) + jnp.where(through, kept * after, 0)
     held[...] = first
     d_first[...] = first
 

@@ -14,7 +14,8 @@ the gradient from the steps after t:
 
 The grid goes through the chunks of a row in turn, and in each through the blocks of channels, whose states all stay in
 VMEM: columns are laid along all lanes once a chunk, and what is summed over D leaves the lanes once a chunk. Where a
-document starts, E_t alone takes a step LONGEST more, so that nothing is left. Arithmetic is float32, whatever comes in.
+document starts, E_t alone takes a step LONGEST more, by which the state is known to end. Arithmetic is float32,
+whatever comes in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import selective_kernels
-from kernels_pallas.chunks import CHUNK, VMEM, check_shapes, documents_of, whole_chunks
+from kernels_pallas.chunks import (
+    CHUNK,
+    VMEM,
+    check_shapes,
+    documents_of,
+    lanes,
+    whole_chunks,
+)
 from kernels_pallas.manual import pallas_call
 from kernels_pallas.selective_kernels import LANES, ROWS
 
@@ -42,15 +50,15 @@ def reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The recurrence a token at a time, in the type of the state."""
     before = jnp.pad(segment, ((0, 0), (1, 0)))[:, :-1]
-    x, dt, a, b, c, kept = (y.astype(state.dtype) for y in (x, dt, a, b, c, segment == before))
+    x, dt, a, b, c = (y.astype(state.dtype) for y in (x, dt, a, b, c))
 
     def body(state: jax.Array, step: Any) -> Any:
-        x, dt, b, c, kept = step
-        decay = kept[:, None, None] * jnp.exp(dt[..., None] * a[None])
-        state = decay * state + (dt * x)[..., None] * b[:, None]
+        x, dt, b, c, goes_on = step
+        state = jnp.where(goes_on[:, None, None], state, 0)
+        state = jnp.exp(dt[..., None] * a[None]) * state + (dt * x)[..., None] * b[:, None]
         return state, jnp.einsum("bdn,bn->bd", state, c)
 
-    state, y = jax.lax.scan(body, state, [jnp.swapaxes(part, 0, 1) for part in (x, dt, b, c, kept)])
+    state, y = jax.lax.scan(body, state, [jnp.swapaxes(part, 0, 1) for part in (x, dt, b, c, segment == before)])
     return jnp.swapaxes(y, 0, 1), state
 
 
@@ -83,7 +91,7 @@ def vmem_bytes(channels: int, size: int, chunk: int = CHUNK, dtype: Any = jnp.fl
 
     `dtype`: of x, dt and y.
     """
-    channels, size = channels + -channels % LANES, size + -size % ROWS
+    channels, size = lanes(channels), size + -size % ROWS
     width, item = _width(channels, size, chunk), jnp.dtype(dtype).itemsize
     rows, state, columns = chunk * width, 4 * size * width, 4 * size * chunk
     wide, held, documents = columns * LANES, 4 * size * channels, 4 * chunk * (2 * ROWS + LANES)

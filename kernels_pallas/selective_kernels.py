@@ -112,9 +112,16 @@ def _column(wide: Any, step: Any, like: Any) -> Any:
     return _across(wide[pl.ds(pl.multiple_of(size * step, ROWS), size)], width)
 
 
+def _flowing(span: Any, x: Any) -> Any:
+    """What goes from a step to the next one, or back: nothing over a document's start, be it infinite."""
+    return jnp.where(span < LONGEST, x, 0)
+
+
 def _after(state: Any, rates: Any, step: Any, spans: Any, drives: Any, wide_b: Any) -> Any:
     """The state after a step."""
-    return jnp.exp2(rates * _row(spans, step)) * state + _column(wide_b, step, state) * _row(drives, step)
+    span = _row(spans, step)
+    kept = _flowing(span, jnp.exp2(rates * span) * state)
+    return kept + _column(wide_b, step, state) * _row(drives, step)
 
 
 def forward(*refs: Any) -> None:
@@ -178,11 +185,11 @@ def backward(*refs: Any) -> None:
             of_c[column] += _folded(state * _row(d_outs, step), 1, LANES)
             of_b[column] += _folded(gradient * _row(drives, step), 1, LANES)
             of_drive.append(_column(wide_b, step, state) * gradient)
-            state = states[step]
-            after = jnp.exp2(rates * _row(spans, step)) * gradient
-            of_decay = after * state
+            state, span = states[step], _row(spans, step)
+            after = _flowing(span, jnp.exp2(rates * span) * gradient)
+            of_decay = _flowing(span, after * state)
             of_span.append(rates * of_decay)
-            of_rates = of_rates + _row(spans, step) * of_decay  # LONGEST meets a decay of 0 alone
+            of_rates = of_rates + span * of_decay  # LONGEST meets 0 alone
         d_drives[_tile(i)] = _rows(of_drive[::-1])
         d_spans[_tile(i)] = _rows(of_span[::-1])
         return after, state, of_rates

@@ -84,6 +84,11 @@ def by_columns(row: Any, rows: int) -> Any:
     return lax.broadcast_in_dim(row, (rows, row.shape[0]), [1])
 
 
+def scaled(scale: Any, x: Any) -> Any:
+    """scale * x, and 0 where nothing is kept of x, which may be infinite: a state at a document's start."""
+    return jnp.where(scale == 0, 0, scale * x)
+
+
 def turned(ref: Any) -> Any:
     """A tile of shared memory as a transposed factor."""
     return ref.transpose((1, 0))

@@ -31,6 +31,7 @@ from kernels_pallas.gpu.common import (
     numbers,
     places,
     read,
+    scaled,
     tile,
     turned,
 )
@@ -115,13 +116,13 @@ def _program(heads: int, blocks: int, refs: SimpleNamespace) -> None:
     def reads(scored: Any, values: Any, own: Any, carried: Any) -> Any:
         plgpu.wgmma(own, scored, refs.k)
         plgpu.wgmma(carried, values, turned(refs.state))
-        return own[...], wide(CARRIED) * carried[...]
+        return own[...], scaled(wide(CARRIED), carried[...])
 
     def writes(own: Any, carried: Any) -> Any:
         plgpu.wgmma(own, turned(refs.dp), refs.q)
         plgpu.wgmma(own, turned(refs.dc), refs.k)
         plgpu.wgmma(carried, refs.es, turned(refs.after))
-        return own[...], wide(WEIGHT) * wide(BETA) * carried[...]
+        return own[...], scaled(wide(WEIGHT) * wide(BETA), carried[...])
 
     two = [accumulator(CHUNK, CHUNK)] * 2
     for place, values in zip((refs.dp, refs.dc), pl.run_scoped(scores, *two), strict=True):
@@ -136,7 +137,7 @@ def _program(heads: int, blocks: int, refs: SimpleNamespace) -> None:
     k = read(refs.k)
     refs.sums[0] = jnp.sum(read(refs.q) * dq + k * (dr - dw), axis=1)
     flowing = sum(_dots(refs, i) for i in range(0, refs.state.shape[1], BLOCK))
-    refs.sums[1] = jnp.sum(k * to_state, axis=1) + g[CARRIED, CHUNK - 1] * flowing
+    refs.sums[1] = jnp.sum(k * to_state, axis=1) + scaled(g[CARRIED, CHUNK - 1], flowing)
     refs.q[...] = dq.astype(jnp.bfloat16)
     refs.k[...] = (dr + dw).astype(jnp.bfloat16)
     plgpu.commit_smem()

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, launch, read_far, turned
+from kernels_pallas.gpu.common import BLOCK, CHUNK, STAGES, accumulator, launch, read_far, scaled, turned
 from kernels_pallas.gpu.delta_solve import multiply, split
 from kernels_pallas.gpu.walk import CARRIED, NARROW, chunk_decays
 
@@ -165,7 +165,7 @@ class Program(abc.ABC):
         def part(i: int, added: Any) -> Any:
             for keys, writes in products:
                 plgpu.wgmma(added, turned(keys.at[:, self.parts[i]]), writes)
-            return kept(i) * state[i] + added[...]
+            return scaled(kept(i), state[i]) + added[...]
 
         parts = range(len(self.parts))
         return tuple(pl.run_scoped(functools.partial(part, i), accumulator(self.rows, BLOCK)) for i in parts)

@@ -39,6 +39,7 @@ from kernels_pallas.gpu.common import (
     by_rows,
     numbers,
     read,
+    scaled,
     tile,
 )
 from kernels_pallas.gpu.delta_program import Program, launch_walk
@@ -103,7 +104,7 @@ class Forward(Program):
         early = self.score(n, g, q, k, k)
         (carried,) = early or [pl.run_scoped(lambda total: _product(total, k, refs.held), accumulator(CHUNK, BLOCK))]
         plgpu.barrier_wait(refs.late_arrived)
-        errors = self.solve(read(refs.values) - wide(CARRIED) * carried, False)
+        errors = self.solve(read(refs.values) - scaled(wide(CARRIED), carried), False)
         if hasattr(refs, "errs"):
             refs.errs[...] = errors.astype(jnp.bfloat16)
         wrote = wide(BETA) * errors
@@ -117,7 +118,7 @@ class Forward(Program):
             return own[...], carried[...]
 
         own, carried = pl.run_scoped(second, *[accumulator(CHUNK, BLOCK)] * 2)
-        out = wide(CARRIED) * carried + own
+        out = scaled(wide(CARRIED), carried) + own
         state = self.update(state, self.kept(slot), (k, refs.pair.at[1]))
         self.put(n, slot, out, state)
         return state
@@ -145,7 +146,7 @@ class Backward(Program):
         one = accumulator(CHUNK, BLOCK)
         own, *late = pl.run_scoped(second, one, *([] if early else [one]))
         (carried,) = early + late
-        solved = self.solve(own + wide(WEIGHT) * carried, True)
+        solved = self.solve(own + scaled(wide(WEIGHT), carried), True)
         refs.row_sums[...] = jnp.sum(solved * read(refs.errs), axis=1)
         d_values = wide(BETA) * solved
         self.write(n, wide(CARRIED) * read(refs.values), -wide(CARRIED) * d_values)

@@ -106,10 +106,11 @@ def _steps(form: Form, log_input: Any, log_forget: Any, log_max: Any, segment: A
         return _Steps(jnp.zeros_like(i), f, i, jnp.zeros(i.shape, bool))
     f = jnp.where(starts_of(segment)[:, None], -jnp.inf, f)
     first = log_max.astype(jnp.float32)[..., None]
-    over = lambda a, b: (a[0] + b[0], jnp.maximum(b[0] + a[1], b[1]))
-    largest = jnp.maximum(i, jnp.concatenate([f[..., :1] + first, jnp.full_like(i[..., 1:], -jnp.inf)], axis=-1))
+    kept = lambda f, m: jnp.where(f == -jnp.inf, f, f + m)
+    over = lambda a, b: (a[0] + b[0], jnp.maximum(kept(b[0], a[1]), b[1]))
+    largest = jnp.maximum(i, jnp.concatenate([kept(f[..., :1], first), jnp.full_like(i[..., 1:], -jnp.inf)], axis=-1))
     m = lax.associative_scan(over, (f, largest), axis=2)[1]
-    reach = f + jnp.concatenate([first, m[..., :-1]], axis=-1)
+    reach = kept(f, jnp.concatenate([first, m[..., :-1]], axis=-1))
     base = jnp.where(m == -jnp.inf, 0, m)
     return _Steps(m, jnp.where(m > i, 0, jnp.minimum(reach - base, 0)), i - base, (m > i) | (reach >= i))
 
@@ -184,7 +185,7 @@ def _backward(form: Form, interpret: Any, residuals: Any, gradients: Any) -> Any
         d_before = jnp.where(steps.carried, d_max, 0)
         d_input += d_max - d_before
         d_forget += d_before
-        d_first = flowing(normaliser, memory, dn, dc) + d_before[..., 0]
+        d_first = jnp.where(starts_of(segment)[:, :1], 0, flowing(normaliser, memory, dn, dc)) + d_before[..., 0]
     given = (query, key, value, log_input, log_forget, log_max, normaliser, memory)
     steps_of = [x["out"][:, :length] for x in (of_query, of_key, of_value)]
     found = (*steps_of, d_input, d_forget, d_first, dn, dc)

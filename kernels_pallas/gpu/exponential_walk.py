@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.exponential_kernels import Form
-from kernels_pallas.gpu.common import ALONG, BLOCK, CHUNK, DOWN, STAGES, by_columns, by_rows, numbers, read
+from kernels_pallas.gpu.common import ALONG, BLOCK, CHUNK, DOWN, STAGES, by_columns, by_rows, numbers, read, scaled
 from kernels_pallas.gpu.walk import CARRIED, WEIGHT, More, Program, Walk, scratch_of
 
 INPUT, RATIO, TILT = 4, 5, 6  # more rows of the gates of a chunk: u, r and t; WEIGHT is w u
@@ -94,7 +94,7 @@ class _Program(Program):
         if self.kind is D_VALUE:
             return decays * self.over(slot, RATIO, of_query=True)
         if self.kind is OUT:
-            return decays, self.gate(slot, CARRIED) * self.with_normaliser(slot)
+            return decays, scaled(self.gate(slot, CARRIED), self.with_normaliser(slot))
         return decays
 
     def with_normaliser(self, slot: Any) -> Any:
@@ -141,7 +141,7 @@ class _Program(Program):
     def add(self, slot: Any, part: Any, rows: Any) -> None:
         """A part of the normaliser after the chunk: of that before it, and of what the chunk's rows add."""
         refs = self.refs
-        kept = refs.gs[slot, CARRIED, CHUNK - 1] * read(refs.held_normaliser.at[slot, part], ALONG)
+        kept = scaled(refs.gs[slot, CARRIED, CHUNK - 1], read(refs.held_normaliser.at[slot, part], ALONG))
         refs.held_normaliser[1 - slot, part] = kept + jnp.sum(rows, axis=0)
 
     def output(self, slot: Any, carried: Any, own: Any) -> Any:

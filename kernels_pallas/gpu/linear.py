@@ -104,10 +104,10 @@ def _forward_tile(planes: int, steps: int, read: Sequence[Any], written: Sequenc
     state = _vectors_of(carry, planes)
     for ref in kept:
         _keep(ref, state)
-    decays = [_decay(logs, marks, i) for i in range(steps)]
+    decays = [exp(_at(logs, i)) for i in range(steps)]
     inputs = [_at(drives, i) for i in range(steps)]
     for i in range(steps):
-        state = plus(times(decays[i], state), inputs[i])
+        state = plus(_kept(marks, i, times(decays[i], state)), inputs[i])
         _put(out, i, state)
     _keep(carry, state)
 
@@ -137,22 +137,22 @@ def _backward_tile(planes: int, steps: int, read: Sequence[Any], written: Sequen
     logs, drives, d_out = (read[i * planes : (i + 1) * planes] for i in range(3))
     kept, marks = read[-2:]
     d_log, d_drive = written[:planes], written[planes:]
-    decays = [_decay(logs, marks, i) for i in range(steps)]
+    decays = [exp(_at(logs, i)) for i in range(steps)]
     before = [_vectors_of(kept, planes)]  # the states before each step
     for i in range(steps - 1):
-        before.append(plus(times(decays[i], before[i]), _at(drives, i)))
+        before.append(plus(_kept(marks, i, times(decays[i], before[i])), _at(drives, i)))
     flowing = _vectors_of(carry, planes)
     for i in reversed(range(steps)):
         gradient = plus(_at(d_out, i), flowing)
-        flowing = times(decays[i], gradient)
+        flowing = _kept(marks, i, times(decays[i], gradient))
         _put(d_drive, i, gradient)
-        _put(d_log, i, times(flowing, before[i]))
+        _put(d_log, i, _kept(marks, i, times(flowing, before[i])))
     _keep(carry, flowing)
 
 
-def _decay(logs: Sequence[Any], marks: Any, step: int) -> Planes:
-    """exp(g), and 0 where a document starts."""
-    return pick(jnp.broadcast_to(marks[step], (LANES,)) == 1, exp(_at(logs, step)), 0.0)
+def _kept(marks: Any, step: int, planes: Planes) -> Planes:
+    """What goes from a step to the next one, or back: nothing over a document's start, be it infinite."""
+    return pick(jnp.broadcast_to(marks[step], (LANES,)) == 1, planes, 0.0)
 
 
 def _vectors_of(ref: Any, planes: int) -> Planes:

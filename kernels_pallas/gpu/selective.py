@@ -177,9 +177,9 @@ def _forward_tile(size: int, read: Sequence[Any], written: Sequence[Any], carry:
         state, rate = carry[n], rates[n]
         for ref in kept:
             ref[n] = state
-        decays = [jnp.exp2(steps[i] * rate) * on[i] for i in range(STEPS)]
+        decays = [jnp.exp2(steps[i] * rate) for i in range(STEPS)]
         for i in range(STEPS):
-            state = decays[i] * state + columns[n, i] * drives[i]
+            state = _kept(on[i], decays[i] * state) + columns[n, i] * drives[i]
             y[i] = y[i] + columns[size + n, i] * state
         carry[n] = state
         return y
@@ -233,16 +233,16 @@ def _backward_tile(
 
     def entry(n: Any, row: Any, of_drives: list[Any], of_steps: list[Any]) -> Found:
         rate, flowing, of_rate = rates[n], carry[n], carry[size + n]
-        decays = [jnp.exp2(steps[i] * rate) * on[i] for i in range(STEPS)]
+        decays = [jnp.exp2(steps[i] * rate) for i in range(STEPS)]
         states = [kept[n]]
         for i in range(STEPS):
-            states.append(decays[i] * states[i] + columns[n, i] * drives[i])
+            states.append(_kept(on[i], decays[i] * states[i]) + columns[n, i] * drives[i])
         for i in reversed(range(STEPS)):
             gradient = flowing + columns[size + n, i] * of_out[i]
             products[row + i, pl.ds(0, LANES)] = gradient * drives[i]
             products[row + STEPS + i, pl.ds(0, LANES)] = of_out[i] * states[i + 1]
-            flowing = decays[i] * gradient
-            of_exponent = flowing * states[i]
+            flowing = _kept(on[i], decays[i] * gradient)
+            of_exponent = _kept(on[i], flowing * states[i])
             of_drives[i] = of_drives[i] + columns[n, i] * gradient
             of_steps[i] = of_steps[i] + rate * of_exponent
             of_rate = of_rate + steps[i] * of_exponent
@@ -265,10 +265,15 @@ def _backward_tile(
 
 
 def _steps(x: Any, dt: Any, marks: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """dt, dt x, and 0 where a document starts, else 1, of every step of a tile."""
+    """dt, dt x, and whether the document of the step before goes on, of every step of a tile."""
     steps = [dt[i].astype(jnp.float32) for i in range(STEPS)]
     drives = [steps[i] * x[i].astype(jnp.float32) for i in range(STEPS)]
-    return steps, drives, [marks[i].astype(jnp.float32) for i in range(STEPS)]
+    return steps, drives, [jnp.broadcast_to(marks[i], (LANES,)) == 1 for i in range(STEPS)]
+
+
+def _kept(on: Any, x: Any) -> Any:
+    """What goes from a step to the next one, or back: nothing over a document's start, be it infinite."""
+    return jnp.where(on, x, 0)
 
 
 def _zeros(count: int) -> list[Any]:

@@ -38,6 +38,7 @@ from kernels_pallas.gpu.common import (
     places,
     read,
     read_far,
+    scaled,
     starts_of,
     sums_of,
     tile,
@@ -177,7 +178,7 @@ class Program:
     def output(self, slot: Any, carried: Any, own: Any) -> Any:
         """O, from X S and P Z."""
         scale = self.refs.gs.at[slot, WEIGHT if self.kind.backward else CARRIED]
-        return by_rows(read(scale, DOWN), BLOCK) * carried + own
+        return scaled(by_rows(read(scale, DOWN), BLOCK), carried) + own
 
     def at(self, n: Any) -> Any:
         """The chunk that comes n-th."""
@@ -250,7 +251,7 @@ class Program:
 
         def updated(i: int, added: Any) -> Any:
             plgpu.wgmma(added, turned(y.at[:, self.parts[i]]), refs.work)
-            return kept * state[i] + added[...]
+            return scaled(kept, state[i]) + added[...]
 
         one = accumulator(CHUNK, BLOCK)
         scores, *early = pl.run_scoped(first, accumulator(CHUNK, CHUNK), *([one] if self.narrow else []))

@@ -37,6 +37,13 @@ CASES: dict[str, tuple[Any, Callable[..., Any], list[Any], dict[str, Any], str]]
         r"outer family: heads of 512 keys and 512 values take",
     ),
     "a long chunk": (TPU, gated_linear_attention, matrices(64, ()), {"chunk": 2048}, r"outer family: heads of 64 keys"),
+    "narrow heads, which fill 128 lanes": (
+        TPU,
+        gated_linear_attention,
+        matrices(64, ()),
+        {"chunk": 512},
+        r"outer family: heads of 64 keys and 64 values take 16842752 bytes of VMEM",
+    ),
     "outer, a decay per key": (TPU, gated_linear_attention, matrices(512, (512,)), {}, r"take \d+ bytes of VMEM, more"),
     "delta": (TPU, delta_rule, matrices(1024, (), ()), {}, r"delta family: heads of 1024 keys and 1024 values take"),
     "delta, a decay per key": (TPU, delta_rule, matrices(512, (), (512,)), {}, r"delta family: heads of 512 keys"),
