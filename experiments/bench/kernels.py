@@ -231,11 +231,13 @@ def _runs(
     runs = {}
     bounds = np.append(gate.shape.starts(), gate.shape.length)
     for name in sorted(makers, key=order):
+        return_freed_memory()  # what the one before took lies in pieces, and this one takes others
         with _noting(notes, name):
             forward, both, results = makers[name](gate.arrays[:-1], gate.arrays[-1], bounds)
             errors[name] = gate.errors(name, results, peers.get(name))
             runs[f"{name}/forward"], runs[f"{name}/both"] = forward, both
         results = None  # or they stay while the next one runs
+    return_freed_memory()
     return runs
 
 
