@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from seqmodels import compat
 from seqmodels.operators import delta_rule, diagonal_scan, gated_linear_attention, kernels, mlstm_scan, selective_scan
 from seqmodels.scan import auto
+from tests.kernels.common import H100
 
 LENGTH = 8
 
@@ -119,3 +121,18 @@ def test_a_fixed_decay_has_the_length_of_what_drives_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(kernels, "_refuse", ask)
     with pytest.raises(Asked):
         run()
+
+
+def test_a_program_is_made_for_the_mesh_or_for_the_default_device() -> None:
+    last = jax.devices()[-1]
+    assert compat.device() == jax.devices()[0]
+    assert compat.on_cpu()
+    with jax.default_device(last):
+        assert compat.device() == last
+    with jax.default_device("cpu"):
+        assert compat.device() == jax.devices("cpu")[0]
+    with jax.sharding.use_abstract_mesh(H100):
+        assert "H100" in compat.device().device_kind
+        assert not compat.on_cpu()
+        assert auto.choose(matmul_form=False, length=1000) == "chunked"
+    assert auto.choose(matmul_form=False, length=1000) == "sequential"
