@@ -85,7 +85,7 @@ def test_a_table_keeps_a_row_a_cell_shows_failures_and_tries_them_again(here: Pa
     assert "cells" not in capfd.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_table_goes_on_where_it_was(here: Path, stop: int) -> None:
     arguments = [sys.executable, "-m", MODULE, "--scale", "gpu", "--results", "results"]
     # a shell may have started these tests in the background, where SIGINT is ignored by all children
@@ -220,6 +220,7 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
         thinned({"x": [1, 2], "y": [1]})
 
 
+@pytest.mark.slow
 def test_jobs_of_a_cluster(here: Path) -> None:
     """The same jobs through submitit, with the executor that runs them on this machine."""
     from experiments.harness.places import SlurmPlaces

@@ -110,6 +110,7 @@ def test_a_base_is_trained_once_and_gone_on_from(short: None, tmp_path: Path, mo
         other.get(work("other"))
 
 
+@pytest.mark.slow
 def test_a_rise_is_told_from_the_same_text_read_afresh(short: None) -> None:
     """Every token of the last half, with 4 to 8 tokens before it."""
     model = MODEL.make(rngs=nnx.Rngs(0))

@@ -132,6 +132,7 @@ def test_tensors_in_several_files(model: Any, folder: Path, tmp_path: Path) -> N
     chex.assert_trees_all_equal(params.split(loaded)[1], params.split(model)[1])
 
 
+@pytest.mark.slow
 def test_layers_may_be_written_in_several_ways(model: Any, folder: Path, tmp_path: Path) -> None:
     """Groups, repeats and patterns of our config are no part of the format."""
     config = ModelConfig(11, 32, (((models.MIXER, models.MIXER), 1), ((models.MIXER,), 1)), norm=MODEL.norm)

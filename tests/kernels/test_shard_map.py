@@ -100,7 +100,10 @@ cases = pytest.mark.parametrize("name", CASES)
 
 
 @both
-@cases
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in ("outer, a bonus", "delta", "diagonal") else pytest.mark.slow) for x in CASES],
+)
 def test_kernels_for_tpus_run_inside_shard_map(name: str, check_vma: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients, those of what all rows share among them, are those of one device."""
     pretend = lambda: monkeypatch.setattr(kernels, "INTERPRET", pltpu.InterpretParams())

@@ -86,7 +86,10 @@ def test_packed_and_padded_documents_equal_separate_ones(hybrid: Any) -> None:
         chex.assert_trees_all_close(logits[row, begin:end], expected[row, : end - begin], rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize(("pattern", "carries"), [((R, S), True), ((W, W1), True), ((A,), False)])
+@pytest.mark.parametrize(
+    ("pattern", "carries"),
+    [((R, S), True), *(pytest.param(*x, marks=pytest.mark.slow) for x in [((W, W1), True), ((A,), False)])],
+)
 def test_time_sharded_over_devices_equals_one_device(pattern: Any, carries: bool) -> None:
     """Fresh, without segments, and from a carried state (not a full cache, which has no room)."""
     model = make(((pattern, 1),), learned_positions=48)

@@ -127,7 +127,10 @@ def test_any_rank_one_equals_its_recurrence(kind: str, options: dict) -> None:
     chex.assert_trees_all_close(got, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("form", ["delta", "scalar delta", "scalar rank one", "rank one"])
+@pytest.mark.parametrize(
+    "form",
+    ["delta", "scalar rank one", *(pytest.param(x, marks=pytest.mark.slow) for x in ("scalar delta", "rank one"))],
+)
 def test_the_laws_hold(form: str) -> None:
     noise = [jax.random.normal(k, (5, 4)) for k in jax.random.split(jax.random.key(0), 5)]
     log_decay = -jnp.exp(noise[0])

@@ -271,9 +271,14 @@ def _depth(program: Any) -> int:
 @pytest.mark.parametrize(
     ("family", "block", "loops"),
     [
-        ("outer", 0, 2), ("outer", 8_000, 2), ("outer", 10**6, 3), ("outer", None, 2),
-        ("exponential", 0, 2), ("exponential", 10**6, 3), ("exponential", None, 2),
-        ("delta", 0, 3), ("delta", 10**6, 3), ("delta", None, 2),
+        ("outer", 0, 2), ("outer", 10**6, 3), ("exponential", 0, 2), ("delta", 10**6, 3), ("delta", None, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("outer", 8_000, 2), ("outer", None, 2), ("exponential", 10**6, 3), ("exponential", None, 2),
+                ("delta", 0, 3),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_parts_of_the_work_equal_a_token_at_a_time(
@@ -313,7 +318,9 @@ def test_parts_of_the_work_equal_a_token_at_a_time(
 
 
 @pytest.mark.parametrize("wide", ["inputs", "gates", "state"])
-@pytest.mark.parametrize("family", ["outer", "delta", "exponential"])
+@pytest.mark.parametrize(
+    "family", ["outer", *(pytest.param(x, marks=pytest.mark.slow) for x in ("delta", "exponential"))]
+)
 def test_gradients_have_the_types_of_what_they_belong_to(family: str, wide: str) -> None:
     """Where one is float64 and the rest float32; the values are those of a token at a time."""
     query, key, value, _ = _qkv()

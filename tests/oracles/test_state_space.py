@@ -110,8 +110,8 @@ class Irregular(Case):
         check_gradient(run, gaps, jax.grad(loss)(gaps))
 
 
-@pytest.mark.parametrize("method", ["auto", "associative", "chunked"])
-@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("method", ["auto", "chunked", pytest.param("associative", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("discretization", ["zoh", pytest.param("bilinear", marks=pytest.mark.slow)])
 def test_s5_with_irregular_samples(discretization: str, method: str) -> None:
     options = {"method": discretization}
     case = Irregular(S5Config(state_size=4, discretization=discretization, method=method), **options)

@@ -48,7 +48,11 @@ class Stopped(Trouble):
         self.inner = streams()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Of the kinds two are in the quick tier.
+some = pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in KINDS[2:])])
+
+
+@some
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, kind: InitialKind) -> None:
     with pytest.raises(Interrupted):
         run(kind, tmp_path, Stopped(3))
@@ -63,7 +67,7 @@ def test_kinds_differ_and_a_run_keeps_its_own(tmp_path: Path) -> None:
         run(InitialKind.STATE_PASSING, tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@some
 def test_eight_devices_are_one(kind: InitialKind) -> None:
     """Rows, parameters and time are divided; states are drawn, shuffled and carried as on one device."""
     chex.assert_trees_all_close(run(kind, mesh=MeshConfig(2, 2, 2)), whole(kind), rtol=RUN, atol=RUN)
