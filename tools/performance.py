@@ -1,4 +1,4 @@
-"""Writes what a bench run measured into the documents: `python tools/performance.py ROWS.jsonl`.
+"""Writes what the newest run of a bench measured into the documents: `python tools/performance.py ROWS.jsonl`.
 
 Rows of `peers` go into the README's table, all others into docs/performance.md.
 """
@@ -50,8 +50,14 @@ def peers(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", where])
 
 
+def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each bench the rows of its newest run: files keep older ones."""
+    times = {row["bench"]: max(x["time"] for x in rows if x["bench"] == row["bench"]) for row in rows}
+    return [row for row in rows if row["time"] == times[row["bench"]]]
+
+
 def main(path: str) -> None:
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = newest([json.loads(line) for line in Path(path).read_text().splitlines()])
     beside = [row for row in rows if row["bench"] == "peers"]
     if beside:
         write_between(README, BEGIN, END, peers(beside))
