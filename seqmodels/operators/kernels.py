@@ -139,7 +139,7 @@ def _empty(x: Array, segments: Segments | None) -> Array:
 
 def _documents(segments: Segments | None, shape: tuple[int, ...]) -> Array:
     """[B, T]: 0 as long as the state goes on, one more with every start."""
-    return jnp.zeros(shape, jnp.int32) if segments is None else jnp.cumsum(segments.start, axis=1, dtype=jnp.int32)
+    return jnp.zeros(shape, jnp.int32) if segments is None else segments.ids
 
 
 def _decays_and_state(key: Array, value: Array, log_decay: Array | None, state: Array | None) -> tuple[Array, Array]:

@@ -172,7 +172,8 @@ def log_linear_attention(
     """
     batch, length, heads, size = value.shape
     groups, levels = query.shape[2], scale.shape[-1]
-    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] == position.shape and heads % groups == 0
+    fits = query.shape == key.shape and query.shape[:2] == value.shape[:2] == position.shape
+    fits = fits and groups > 0 and heads % groups == 0
     decays = (None, value.shape[:3])
     if not fits or scale.shape[:3] != value.shape[:3] or levels < 2 or getattr(log_decay, "shape", None) not in decays:
         raise ValueError(

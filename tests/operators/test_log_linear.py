@@ -161,6 +161,7 @@ def test_gradients() -> None:
         ({"scale": np.ones((B, T, H, 1))}, "scale .B, T, H, L. with L of at least 2"),
         ({"position": np.zeros((B, T + 1), int)}, "position .B, T."),
         ({"log_decay": np.zeros((B, T, H, K))}, "log_decay .B, T, H. or None"),
+        ({"query": np.zeros((B, T, 0, K)), "key": np.zeros((B, T, 0, K))}, "G dividing H"),
         ({"state": np.zeros((B, H, L, K, V))}, "the state of 8 levels .* is .2, 2, 7, 4, 3., not .2, 2, 8, 4, 3."),
     ],
 )
